@@ -1,0 +1,25 @@
+"""Movement between ranks: worlds, exchanges of shards, agreement, and the byte meter."""
+
+from .agreement import agree
+from .exchange import DirectExchange, Exchange, KeyValues, RingExchange
+from .loopback import run_loopback
+from .meter import Meter, Traffic
+from .process_group import ProcessGroupWorld, connect
+from .strict import StrictWorld
+from .world import Transfer, World
+
+__all__ = [
+    "DirectExchange",
+    "Exchange",
+    "KeyValues",
+    "Meter",
+    "ProcessGroupWorld",
+    "RingExchange",
+    "StrictWorld",
+    "Traffic",
+    "Transfer",
+    "World",
+    "agree",
+    "connect",
+    "run_loopback",
+]

@@ -1,0 +1,68 @@
+"""Ranks that are processes of ``torch.distributed``, over NCCL or gloo."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .world import Messages, SingleRank, Transfer, World
+
+Group = dist.ProcessGroup | DeviceMesh | World | None
+
+
+class ProcessGroupWorld(World):
+    """The ranks of a ``torch.distributed`` process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
+        self.group = group
+
+    @property
+    def control_device(self) -> torch.device:
+        """The accelerator under NCCL, which moves nothing else."""
+        on_gpu = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    def _start(self, sends: Messages, receives: Messages) -> Transfer:
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
+            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, tensor in messages
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            operations.clear()  # the tensors had to live until here
+
+        return Transfer(wait)
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
+
+
+def connect(group: Group) -> World:
+    """The ranks to share a sequence with, as this rank sees them.
+
+    Args:
+        group: a process group, a 1-D ``DeviceMesh``, None for this rank alone, or a :class:`World` (returned as it is:
+            connect once and share it between plans, and its meter counts them all).
+    """
+    if isinstance(group, World):
+        return group
+    if group is None:
+        return SingleRank()
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or ()
+            raise ValueError(f"group: got a {group.ndim}-D mesh {names}, expected one axis; pass mesh[name]")
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "a ProcessGroup that this rank is a member of, a 1-D DeviceMesh, or None for one rank"
+        raise ValueError(f"group: got {group!r}, expected {expected}")
+    return ProcessGroupWorld(group) if dist.get_world_size(group) > 1 else SingleRank()

@@ -1,0 +1,79 @@
+"""The small interface behind which all ranks look alike: processes, threads of one process, or a strict test."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .meter import Meter
+
+Messages = Sequence[tuple[int, Tensor]]  # (peer, contiguous tensor)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Sends and receives under way. Received tensors may be read after :meth:`wait`, sent ones written to."""
+
+    wait: Callable[[], None]
+
+
+class World(ABC):
+    """A group of ranks as seen by one of them."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.meter = Meter()
+
+    def start(self, sends: Messages, receives: Messages, kind: str) -> Transfer:
+        """Start sending and receiving; both sides know every size. Every rank makes the same calls in the same order.
+
+        Tensors must be contiguous and stay alive and untouched until ``wait``. Empty ones are not sent at all.
+        """
+        sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
+        receives = [(peer, tensor) for peer, tensor in receives if tensor.numel()]
+        self.meter.add(kind, len(sends), sum(tensor.nbytes for _, tensor in sends))
+        return self._start(sends, receives)
+
+    def all_gather(self, tensor: Tensor, kind: str) -> list[Tensor]:
+        """Every rank's ``tensor`` (of equal shape and dtype), by rank."""
+        tensor = tensor.contiguous()
+        self.meter.add(kind, 1, (self.size - 1) * tensor.nbytes)
+        return self._all_gather(tensor) if self.size > 1 else [tensor]
+
+    def all_reduce(self, tensor: Tensor, kind: str) -> Tensor:
+        """The sum of every rank's ``tensor``, added in rank order, the same to the last bit on every rank."""
+        gathered = self.all_gather(tensor, kind)
+        total = gathered[0].clone()
+        for other in gathered[1:]:
+            total += other
+        return total
+
+    @property
+    def control_device(self) -> torch.device:
+        """Where small control tensors must lie to travel."""
+        return torch.device("cpu")
+
+    @abstractmethod
+    def _start(self, sends: Messages, receives: Messages) -> Transfer: ...
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._start([(rank, tensor) for rank in others], [(rank, gathered[rank]) for rank in others]).wait()
+        return gathered
+
+
+class SingleRank(World):
+    """One rank, alone: nothing travels."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1)
+
+    def _start(self, sends: Messages, receives: Messages) -> Transfer:
+        assert not [*sends, *receives], "one rank has no peers"
+        return Transfer(wait=lambda: None)

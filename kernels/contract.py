@@ -1,0 +1,128 @@
+"""The one contract that every kernel fulfils: partial attention over key intervals.
+
+Shapes in this package: q, out, dout ``[B, Tq, H, D]``; k, v ``[B, Tk, Hkv, D]``; lse ``[B, H, Tq]``. Query head ``h``
+reads KV head ``h // (H // Hkv)``. Accumulators are fp32, or fp64 where the inputs are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .pieces import Piece, cut_into_pieces
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partials, lse and gradients of ``dtype`` inputs are accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The keys that each query sees: ``start[i] <= j < end[i]``, indices into the block's own keys.
+
+    ``start`` and ``end`` are int32 ``[B|1, H|1, Tq]``, non-decreasing along Tq, and equal where a query sees nothing.
+    One instance serves every layer, so what kernels derive from it (pieces, copies on a device) is kept on it.
+    """
+
+    start: Tensor
+    end: Tensor
+    _on_device: dict[torch.device, Intervals] = field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: torch.device) -> Intervals:
+        """The same intervals on ``device``; moved once."""
+        if device == self.start.device:
+            return self
+        if device not in self._on_device:
+            self._on_device[device] = Intervals(self.start.to(device), self.end.to(device))
+        return self._on_device[device]
+
+    @cached_property
+    def pieces(self) -> list[list[list[Piece]]]:
+        """``pieces[b][h]`` lists the dense rectangles, triangles and ragged tiles that make up the intervals."""
+        start, end = self.start.cpu(), self.end.cpu()
+        return [[cut_into_pieces(s, e) for s, e in zip(*row, strict=True)] for row in zip(start, end, strict=True)]
+
+
+@dataclass
+class Partial:
+    """Attention over part of the keys: normalised ``out [B, Tq, H, Dv]`` and ``lse [B, H, Tq]``, in accumulator dtype.
+
+    Partials over disjoint keys merge; ``out = 0, lse = -inf`` is the identity.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def empty(cls, q: Tensor, value_dim: int) -> Partial:
+        """The identity of merging, for queries ``q`` and values of ``value_dim``."""
+        batch, tokens, heads, _ = q.shape
+        dtype = accumulator_dtype(q.dtype)
+        return cls(
+            q.new_zeros(batch, tokens, heads, value_dim, dtype=dtype),
+            q.new_full((batch, heads, tokens), -torch.inf, dtype=dtype),
+        )
+
+
+def merge_(into: Partial, out: Tensor, lse: Tensor) -> None:
+    """Merge the partial ``(out, lse)`` into ``into``, in place.
+
+    ``lse = max + log1p(exp(min - max))`` cannot overflow, and a side that saw no key has weight 0.
+    """
+    high, low = torch.maximum(into.lse, lse), torch.minimum(into.lse, lse)
+    gap = (low - high).nan_to_num_(nan=-torch.inf)  # both sides empty: -inf - -inf
+    merged = high + gap.exp().log1p_()
+    weight = (lse - merged).exp_().nan_to_num_(nan=0.0)
+    weight = weight.transpose(1, 2).unsqueeze(-1)
+    into.out.lerp_(out.to(into.out.dtype), weight)
+    into.lse.copy_(merged)
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """What a backward needs to know of the finished output: it, its global lse, and their gradients.
+
+    ``out, dout [B, Tq, H, Dv]``; ``lse [B, H, Tq]`` over *all* keys; ``dlse`` likewise, None where lse has no gradient.
+    """
+
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """``rowsum(out * dout) - dlse``, ``[B, H, Tq]``: the softmax backward's correction, once for all blocks."""
+        delta = (self.out.to(self.lse.dtype) * self.dout).sum(-1).transpose(1, 2)
+        return delta if self.dlse is None else delta - self.dlse
+
+
+class Kernel(Protocol):
+    """A backend of local attention."""
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError, naming what is supported, for inputs that this backend cannot take."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, carry: Partial | None
+    ) -> Partial:
+        """Attention of q over the keys in ``intervals``, continued from ``carry``, which may be overwritten."""
+
+    def backward(
+        self,
+        grad: OutputGradient,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        intervals: Intervals,
+        scale: float,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Add this block's gradients to dq, dk, dv (accumulator dtype); exact for any block alone: lse is global."""

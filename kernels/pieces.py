@@ -1,0 +1,104 @@
+"""Cut key intervals into dense pieces, so that a kernel which knows only "full" and "causal" can compute them.
+
+The bounds of every mask are piecewise linear in the query with slope 0 or 1, so a few pieces cover a block: a run of
+queries with constant bounds is a rectangle, one whose ``end`` grows by one per query is a rectangle and a triangle, and
+one whose ``start`` grows too (a window) is a band, computed in tiles under a mask. Runs too short to be worth a call of
+their own are joined into masked tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+TILE_ROWS = 256
+CALL_PAIRS = 1024  # a kernel call costs about as much as this many query-key pairs
+MASKED_PAIRS = 1 << 20  # the largest mask worth building: beyond it, only ragged edges are masked
+
+
+class Piece(NamedTuple):
+    """Queries ``rows`` against keys ``keys``: all of them, a lower triangle (a square), or those in the intervals."""
+
+    rows: slice
+    keys: slice
+    kind: Literal["full", "causal", "masked"]
+    first: bool  # no earlier piece of the block holds these rows
+
+
+def cut_into_pieces(start: Tensor, end: Tensor) -> list[Piece]:
+    """Pieces that hold exactly the pairs ``start[i] <= j < end[i]``; start, end int ``[Tq]`` on the CPU."""
+    lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
+    pieces: list[Piece] = []
+    for rows, joined in _join_short_runs(lo, hi, _linear_runs(lo, hi)):
+        pieces += _cut_run(lo, hi, rows, joined)
+    return pieces
+
+
+def _linear_runs(lo: np.ndarray, hi: np.ndarray) -> list[slice]:
+    """Runs of queries along which both bounds grow by 0 or by 1 per query, steadily; runs without keys are left out."""
+    steps = np.stack([np.diff(lo), np.diff(hi)])
+    jump = np.any((steps < 0) | (steps > 1), axis=0)
+    bend = np.zeros_like(jump)
+    bend[1:] = np.any(steps[:, 1:] != steps[:, :-1], axis=0) & ~jump[1:] & ~jump[:-1]
+    # A bend at step i says that rows i and i+1 grow differently from rows i-1 and i: row i closes the earlier run.
+    first = np.flatnonzero(np.concatenate([[True], jump | bend]))
+    bounds = np.append(first, len(lo))
+    holds_pairs = np.maximum((hi - lo)[bounds[:-1]], (hi - lo)[bounds[1:] - 1]) > 0  # linear: largest at an end
+    return [slice(a, b) for a, b in zip(bounds[:-1][holds_pairs], bounds[1:][holds_pairs], strict=True)]
+
+
+def _join_short_runs(lo: np.ndarray, hi: np.ndarray, runs: list[slice]) -> list[tuple[slice, bool]]:
+    """Join neighbouring runs while one masked tile over them costs no more than a call for each."""
+    pairs_before = np.concatenate([[0], np.cumsum(hi - lo)])
+    joined: list[tuple[slice, bool]] = []
+    apart = 0
+    for run in runs:
+        alone = int(pairs_before[run.stop] - pairs_before[run.start]) + CALL_PAIRS
+        if joined:
+            tile = slice(joined[-1][0].start, run.stop)
+            rows, keys = tile.stop - tile.start, int(hi[run.stop - 1] - lo[tile.start])
+            if rows <= TILE_ROWS and rows * keys + CALL_PAIRS <= apart + alone:
+                joined[-1] = (tile, True)
+                apart += alone
+                continue
+        joined.append((run, False))
+        apart = alone
+    return joined
+
+
+def _cut_run(lo: np.ndarray, hi: np.ndarray, rows: slice, joined: bool) -> list[Piece]:
+    last = rows.stop - 1
+    if not joined and lo[rows.start] == lo[last]:
+        start, end = int(lo[last]), int(hi[rows.start])
+        if end == hi[last]:
+            return [Piece(rows, slice(start, end), "full", True)]
+        # Row i of the run sees start .. end + i - 1: a triangle from key end - 1, and a rectangle before it. Rows
+        # that see nothing yet would put the triangle's corner before the first key: they are dropped.
+        empty = max(0, start - end + 1)
+        rows, end = slice(rows.start + empty, rows.stop), end + empty
+        triangle = slice(end - 1, end - 1 + rows.stop - rows.start)
+        before = slice(start, end - 1)
+        if before.start == before.stop:
+            return [Piece(rows, triangle, "causal", True)]
+        return [Piece(rows, before, "full", True), Piece(rows, triangle, "causal", False)]
+    pieces = []
+    for tile in range(rows.start, rows.stop, TILE_ROWS):
+        pieces += _cut_tile(lo, hi, slice(tile, min(tile + TILE_ROWS, rows.stop)))
+    return pieces
+
+
+def _cut_tile(lo: np.ndarray, hi: np.ndarray, rows: slice) -> list[Piece]:
+    """One masked piece, or a full one between two masked edges where the mask of the whole would be large."""
+    seen = np.flatnonzero(hi[rows] > lo[rows]) + rows.start
+    if not len(seen):
+        return []
+    start, inner_start = int(lo[seen[0]]), int(lo[seen[-1]])
+    inner_end, end = int(hi[seen[0]]), int(hi[seen[-1]])
+    if (rows.stop - rows.start) * (end - start) <= MASKED_PAIRS or inner_start >= inner_end:
+        return [Piece(rows, slice(start, end), "masked", True)]
+    edges = [slice(start, inner_start), slice(inner_end, end)]
+    rows = slice(int(seen[0]), int(seen[-1]) + 1)
+    masked = [Piece(rows, edge, "masked", False) for edge in edges if edge.start < edge.stop]
+    return [Piece(rows, slice(inner_start, inner_end), "full", True), *masked]

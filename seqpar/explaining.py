@@ -1,0 +1,49 @@
+"""Plans in words, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .itinerary import busiest_rows, forward_rows
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+
+def explain(plan: Plan) -> str:
+    """The text of :meth:`Plan.explain`."""
+    work, world = plan.work, plan.world
+    keys = "" if plan.kv_length == plan.length else f" x {plan.kv_length:,} keys"
+    pairs = work.pairs.double()
+    lines = [
+        f"{plan.mask} over {plan.length:,} tokens{keys}",
+        f"layout: {plan.layout.name} on {world.size} rank(s), of which this is rank {world.rank}",
+        f"work: {int(pairs.sum()):,} query-key pairs in all, busiest rank / mean {pairs.max() / pairs.mean():.3f}",
+        f"schedule: {plan.schedule}: {work.exchange} exchange, {_why(plan)}",
+        *_bytes(plan),
+        "step  keys of rank  rows       pairs",
+    ]
+    for step, block in enumerate(work.blocks):
+        lines.append(f"{step:>4}  {block.source:>12}  {len(block.keys):<9,}  {block.pairs:,}")
+    return "\n".join(lines)
+
+
+def _why(plan: Plan) -> str:
+    if plan.world.size == 1:
+        return "nothing travels"
+    forward, direct = busiest_rows(forward_rows(plan.layout.keys)), busiest_rows(plan.work.needed)
+    chosen = "chosen" if plan.schedule.exchange == "auto" else "asked for"
+    return f"{chosen}; the busiest rank moves {forward:,} rows passing shards on, {direct:,} sending them directly"
+
+
+def _bytes(plan: Plan) -> list[str]:
+    told = plan.told
+    if told.heads is None or told.dims is None or told.dtype is None:
+        return ["bytes: give the plan heads, head_dim and dtype to see them"]
+    sent = [plan.traffic(1, told.heads, told.dims, told.dtype, rank) for rank in range(plan.world.size)]
+    return [
+        f"bytes sent per layer and batch row, {way}: {sent[plan.world.rank][way].bytes:,} by this rank in "
+        f"{sent[plan.world.rank][way].calls} messages, {max(s[way].bytes for s in sent):,} by the busiest, "
+        f"{sum(s[way].bytes for s in sent):,} in all"
+        for way in ("forward", "backward")
+    ]

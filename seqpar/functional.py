@@ -1,0 +1,112 @@
+"""The functions a model calls: attention over a plan, and the mean loss over all ranks' tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar.comm import World, connect
+
+from .operators import attention_op
+from .planning import Plan
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class AttentionOutput(NamedTuple):
+    """``out [B, T, H, Dv]`` in q's dtype, and ``lse [B, H, T]``, natural log, fp32 (fp64 for fp64 inputs)."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Exact attention over the plan's whole sequence, of which each rank holds its tokens.
+
+    Args:
+        q: local queries ``[B, T, H, D]``, as ``plan.shard`` deals them; any strides.
+        k: local keys ``[B, T, Hkv, D]``; query head ``h`` reads KV head ``h // (H // Hkv)``, never expanded.
+        v: local values ``[B, T, Hkv, Dv]``.
+        plan: from :func:`seqpar.plan`, the same on every rank.
+        scale: of the scores; ``D ** -0.5`` by default.
+        sinks: learnable softmax offsets ``[H]``: one more key per head, of value 0. The gradient is this rank's part.
+        kernel: ``auto``, ``cpu`` or ``reference``.
+
+    Returns:
+        ``[B, T, H, Dv]``, local, in q's dtype; zeros where a query sees no key.
+
+    Raises:
+        ValueError: on every rank, before anything is sent, for inputs that are wrong or differ between ranks.
+
+    Under autocast, q, k and v are cast as ``scaled_dot_product_attention`` casts them. Differentiable once.
+    """
+    return attention_with_lse(q, k, v, plan, scale=scale, sinks=sinks, kernel=kernel).out
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str = "auto",
+) -> AttentionOutput:
+    """As :func:`attention`, with the log-sum-exp of each query's scores (sinks included), also differentiable.
+
+    ``lse`` is ``-inf`` where a query sees no key.
+    """
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan: got {type(plan).__name__}, expected the result of seqpar.plan(...)")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor [batch, tokens, heads, head_dim]")
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return AttentionOutput(*attention_op(q, k, v, sinks, plan.handle, scale, kernel))
+
+
+def token_mean(
+    loss_sum: Tensor, num_tokens: Tensor | int, group: dist.ProcessGroup | DeviceMesh | World | None
+) -> Tensor:
+    """The mean loss per valid token over all ranks, whose gradient is right where DDP or FSDP averages gradients.
+
+    Args:
+        loss_sum: the sum of this rank's token losses, a scalar.
+        num_tokens: how many valid tokens it is the sum of; ranks may have different numbers, also none.
+        group: all ranks over which gradients are averaged (data parallel x sequence parallel).
+
+    Returns:
+        ``sum(loss_sum) / sum(num_tokens)``, the same on every rank (0 where there are no tokens at all). Its gradient
+        with respect to ``loss_sum`` is ``world / sum(num_tokens)``: averaged over ranks, it is the true gradient.
+    """
+    return _TokenMean.apply(loss_sum, num_tokens, connect(group))
+
+
+class _TokenMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss_sum: Tensor, num_tokens: Tensor | int, world: World) -> Tensor:
+        count = torch.as_tensor(num_tokens, dtype=torch.float64, device=loss_sum.device)
+        total, tokens = world.all_reduce(torch.stack([loss_sum.detach().double(), count]), "reduce")
+        ctx.scale = (world.size / tokens.clamp(min=1.0)).to(loss_sum.dtype)
+        return (total / tokens.clamp(min=1.0)).to(loss_sum.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.scale, None, None

@@ -1,0 +1,124 @@
+"""Layouts: which rank holds which tokens. Whatever the layout, a rank keeps its tokens sorted by global position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .masks import Mask
+from .positions import Positions
+
+LAYOUT_NAMES = ("contiguous", "zigzag", "striped", "document_zigzag")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The global positions that each rank holds: ``queries[rank]`` and ``keys[rank]``, the same in self-attention."""
+
+    name: str
+    queries: tuple[Positions, ...]
+    keys: tuple[Positions, ...]
+
+    @classmethod
+    def explicit(cls, queries: Sequence, keys: Sequence | None = None) -> Layout:
+        """From sorted positions, one sequence or 1-D tensor per rank; ``keys`` where they differ from the queries."""
+        held = _positions_per_rank("queries", queries)
+        return cls("explicit", held, held if keys is None else _positions_per_rank("keys", keys))
+
+    @property
+    def content(self) -> object:
+        """Everything that tells this layout from another, as plain values."""
+        return [[positions.content for positions in held] for held in (self.queries, self.keys)]
+
+    def __repr__(self) -> str:
+        return f"Layout({self.name!r}, {len(self.queries)} ranks)"
+
+
+def resolve_layout(layout: str | Layout | Sequence, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
+    """The layout that the ``layout=`` of :func:`seqpar.plan` means; ValueError where it does not fit."""
+    if isinstance(layout, str):
+        if layout not in LAYOUT_NAMES:
+            expected = f"one of {', '.join(LAYOUT_NAMES)}, another plan's .layout, or positions per rank"
+            raise ValueError(f"layout: got {layout!r}, expected {expected}")
+        return _named(layout, mask, length, kv_length, world)
+    if not isinstance(layout, Layout):
+        layout = Layout.explicit(layout)
+    for what, held, total in (("queries", layout.queries, length), ("keys", layout.keys, kv_length)):
+        if len(held) != world:
+            raise ValueError(
+                f"layout: got positions of {what} for {len(held)} ranks, expected {world}, the group's size"
+            )
+        everything = torch.cat([positions.tensor for positions in held]).sort().values
+        if not torch.equal(everything, torch.arange(total)):
+            raise ValueError(
+                f"layout: {what} hold {len(everything)} positions, {len(everything.unique())} of them distinct, "
+                f"expected each of 0..{total - 1} on exactly one rank"
+            )
+    return layout
+
+
+def _named(name: str, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
+    documents = mask.documents
+    for what, total in (("length", length), ("kv_length", kv_length)):
+        if total < world:
+            raise ValueError(
+                f"{what}: got {total} tokens for {world} ranks, expected at least one each; use fewer ranks"
+            )
+    if name != "document_zigzag":
+        deal = {"contiguous": _contiguous, "zigzag": _zigzag, "striped": _striped}[name]
+        held = deal(length, world)
+        return Layout(name, held, held if kv_length == length else deal(kv_length, world))
+    if documents is None or len(documents.queries) != 1:
+        rows = "no Documents" if documents is None else f"Documents of {len(documents.queries)} batch rows"
+        raise ValueError(
+            f"layout='document_zigzag': the mask has {rows}, expected Documents with one cu_seqlens for all rows; "
+            "layout='zigzag' takes any mask"
+        )
+    held = _document_zigzag(documents.queries[0], world)
+    return Layout(
+        name, held, held if documents.keys == documents.queries else _document_zigzag(documents.keys[0], world)
+    )
+
+
+def _contiguous(length: int, world: int) -> tuple[Positions, ...]:
+    bounds = [rank * length // world for rank in range(world + 1)]
+    return tuple(Positions.runs([(a, b - a, 1)]) for a, b in pairwise(bounds))
+
+
+def _striped(length: int, world: int) -> tuple[Positions, ...]:
+    return tuple(Positions.runs([(rank, len(range(rank, length, world)), world)]) for rank in range(world))
+
+
+def _zigzag(length: int, world: int) -> tuple[Positions, ...]:
+    return _document_zigzag((0, length), world)
+
+
+def _document_zigzag(cu_seqlens: tuple[int, ...], world: int) -> tuple[Positions, ...]:
+    """Each document in ``2 * world`` chunks, rank ``r`` holding chunks ``r`` and ``2 * world - 1 - r``.
+
+    Where a document does not divide evenly, the ranks that get a token more follow on from the document before.
+    """
+    chunks = 2 * world
+    runs: list[list[tuple[int, int, int]]] = [[] for _ in range(world)]
+    phase = 0
+    for first, end in pairwise(cu_seqlens):
+        bounds = [first + (chunk * (end - first) + phase) // chunks for chunk in range(chunks + 1)]
+        phase = (phase + end - first) % chunks
+        for chunk in range(chunks):
+            rank = min(chunk, chunks - 1 - chunk)
+            runs[rank].append((bounds[chunk], bounds[chunk + 1] - bounds[chunk], 1))
+    return tuple(Positions.runs(run) for run in runs)
+
+
+def _positions_per_rank(what: str, given: Sequence) -> tuple[Positions, ...]:
+    held = []
+    for rank, positions in enumerate(given):
+        tensor = positions.cpu() if isinstance(positions, Tensor) else torch.tensor(positions, dtype=torch.int64)
+        if tensor.dim() != 1 or tensor.is_floating_point() or bool((tensor.diff() <= 0).any()) or (tensor < 0).any():
+            raise ValueError(f"layout: {what} of rank {rank} are not 1-D, integer, >= 0 and increasing; sort them")
+        held.append(Positions.of(tensor.to(torch.int64)))
+    return tuple(held)

@@ -1,0 +1,51 @@
+"""Ring attention: shards of K and V pass by while this rank's queries attend to one after another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from seqpar.comm import KeyValues
+from seqpar.kernels import Kernel, OutputGradient, Partial, accumulator_dtype
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: Kernel) -> Partial:
+    """q ``[B, T, H, D]`` and k, v ``[B, T, Hkv, D]`` are this rank's tokens; so are the partial's out and lse.
+
+    ``sinks [H]`` are one more key per query, of score ``sinks[h]`` and value 0: the partial that the others continue.
+    """
+    partial = None
+    if sinks is not None:
+        partial = Partial.empty(q, v.shape[-1])
+        partial.lse.copy_(sinks.view(1, -1, 1).expand_as(partial.lse))
+    for block, keys in zip(plan.work.blocks, plan.exchange(k, v), strict=True):
+        if block.pairs:
+            partial = kernel.forward(q, keys.k, keys.v, block.intervals.to(q.device), scale, partial)
+    return partial or Partial.empty(q, v.shape[-1])
+
+
+def backward(
+    plan: Plan, grad: OutputGradient, q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: Kernel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of this rank's tokens, in accumulator dtype. K and V pass by again; dK and dV follow them home."""
+    dtype = accumulator_dtype(q.dtype)
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    exchange = plan.exchange(k, v)
+    for block, keys in zip(plan.work.blocks, exchange, strict=True):
+        dkv = KeyValues.zeros(k, v, len(block.keys), dtype)
+        if block.pairs:
+            kernel.backward(grad, q, keys.k, keys.v, block.intervals.to(q.device), scale, dq, dkv.k, dkv.v)
+        exchange.give_back(dkv)
+    home = exchange.home()
+    return dq, home.k, home.v
+
+
+def sinks_gradient(grad: OutputGradient, sinks: Tensor) -> Tensor:
+    """dsinks ``[H]``, from this rank's queries: a sink has value 0, so its ``dS`` is ``P * (0 - delta)``."""
+    share = (sinks.to(grad.lse.dtype).view(1, -1, 1) - grad.lse).exp()
+    return -(share * grad.delta).sum((0, 2))

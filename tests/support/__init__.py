@@ -1,0 +1,1 @@
+"""What the tests share: ranks to run on, an oracle to compare with, and the table of cases."""

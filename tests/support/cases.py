@@ -1,0 +1,112 @@
+"""The table of masks, layouts and heads that the tests go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import seqpar
+from seqpar import Causal, Chunked, Documents, Full, Mask, PrefixLM, SlidingWindow
+
+from .oracle import Sees, dense_mask
+
+LENGTH = 61
+DOCUMENTS = [0, 7, 8, 31, 61]
+BATCH_DOCUMENTS = [[0, 40, 61], [0, 3, 20, 21, 61]]
+
+
+@dataclass(frozen=True)
+class MaskCase:
+    """A mask, and which pairs it allows by its definition."""
+
+    mask: Mask
+    sees: Sees
+    length: int = LENGTH
+    kv_length: int = LENGTH
+    cu_q: tuple[tuple[int, ...], ...] = ()
+    cu_k: tuple[tuple[int, ...], ...] = ()
+
+    @cache  # noqa: B019 - cases live as long as the test run
+    def dense(self) -> Tensor:
+        """bool ``[B|1, length, kv_length]``."""
+        cu_q = self.cu_q or ((0, self.length),)
+        cu_k = self.cu_k or (self.cu_q or ((0, self.kv_length),))
+        return torch.stack([dense_mask(self.sees, list(a), list(b)) for a, b in zip(cu_q, cu_k, strict=True)])
+
+
+def _aligned(i: int, n: int, m: int) -> int:
+    return i + m - n
+
+
+def _documents(*rows: list[int]) -> dict[str, Any]:
+    return {"cu_q": tuple(map(tuple, rows))}
+
+
+MASKS = {
+    "full": MaskCase(Full(), lambda i, j, n, m: True),
+    "causal": MaskCase(Causal(), lambda i, j, n, m: j <= i),
+    "window": MaskCase(SlidingWindow(9), lambda i, j, n, m: i - 9 <= j <= i),
+    "window_both": MaskCase(SlidingWindow(5, 3), lambda i, j, n, m: i - 5 <= j <= i + 3),
+    "prefix": MaskCase(PrefixLM(17), lambda i, j, n, m: j < 17 or j <= i),
+    "chunked": MaskCase(Causal() & Chunked(13), lambda i, j, n, m: j <= i and i // 13 == j // 13),
+    "documents": MaskCase(Causal() & Documents(DOCUMENTS), lambda i, j, n, m: j <= i, **_documents(DOCUMENTS)),
+    "batch_documents_window": MaskCase(
+        Documents(BATCH_DOCUMENTS) & SlidingWindow(11),
+        lambda i, j, n, m: i - 11 <= j <= i,
+        **_documents(*BATCH_DOCUMENTS),
+    ),
+    "cross_causal": MaskCase(Causal(), lambda i, j, n, m: j <= _aligned(i, n, m), kv_length=47),
+    "cross_documents": MaskCase(
+        Documents([0, 20, 20, 61], [0, 9, 30, 47]) & PrefixLM(4),
+        lambda i, j, n, m: j < 4 or j <= _aligned(i, n, m),
+        kv_length=47,
+        cu_q=((0, 20, 20, 61),),
+        cu_k=((0, 9, 30, 47),),
+    ),
+}
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "document_zigzag", "explicit")
+HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}
+
+
+def fits(mask: str, layout: str) -> bool:
+    """Whether a layout can hold a mask: dealing by document needs one list of documents."""
+    documents = MASKS[mask].mask.documents
+    return layout != "document_zigzag" or (documents is not None and len(documents.queries) == 1)
+
+
+def layout_of(case: MaskCase, layout: str, world: int) -> Any:
+    """The ``layout=`` argument: the name itself, or a random, uneven dealing of tokens."""
+    if layout != "explicit":
+        return layout
+    generator = torch.Generator().manual_seed(world)
+
+    def deal(total: int) -> list[Tensor]:
+        owner = torch.randint(0, world, (total,), generator=generator)
+        return [(owner == rank).nonzero().squeeze(1) for rank in range(world)]
+
+    queries = deal(case.length)
+    return seqpar.Layout.explicit(queries, queries if case.kv_length == case.length else deal(case.kv_length))
+
+
+def tensors(
+    case: MaskCase, heads: tuple[int, int], dtype: torch.dtype, head_dim: int = 16, value_dim: int = 16, batch: int = 2
+) -> dict[str, Tensor]:
+    """Whole q, k, v, and the gradients dout and dlse of the output."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "q": normal(batch, case.length, heads[0], head_dim),
+        "k": normal(batch, case.kv_length, heads[1], head_dim),
+        "v": normal(batch, case.kv_length, heads[1], value_dim),
+        "dout": normal(batch, case.length, heads[0], value_dim),
+        "dlse": normal(batch, heads[0], case.length).to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "sinks": normal(heads[0]),
+    }

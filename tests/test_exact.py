@@ -1,0 +1,185 @@
+"""Attention over ranks equals dense attention in one: outputs and every gradient, for every mask, layout and world."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import seqpar
+from seqpar.comm import run_loopback
+from support.cases import HEADS, LAYOUTS, MASKS, fits, tensors
+from support.jobs import attend
+from support.oracle import dense_attention, error
+from support.ranks import run_gloo
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+GRID = [
+    pytest.param(mask, layout, world, id=f"{mask}-{layout}-P{world}")
+    for mask in MASKS
+    for layout in LAYOUTS
+    for world in (1, 2, 3, 4)
+    if fits(mask, layout)
+]
+
+
+@cache
+def oracle(
+    mask: str, heads: str, dtype: torch.dtype, value_dim: int = 16, sinks: bool = False, lse: bool = False
+) -> dict[str, Tensor]:
+    """out, lse and gradients in fp64, for inputs that were rounded to ``dtype``."""
+    case = MASKS[mask]
+    inputs = {name: x.double() for name, x in tensors(case, HEADS[heads], dtype, value_dim=value_dim).items()}
+    leaves = {name: inputs[name].requires_grad_() for name in ("q", "k", "v", "sinks")}
+    out, whole_lse = dense_attention(*list(leaves.values())[:3], case.dense(), leaves["sinks"] if sinks else None)
+    objective = (out * inputs["dout"]).sum()
+    if lse:
+        seen = whole_lse.isfinite()
+        objective = objective + (whole_lse[seen] * inputs["dlse"][seen]).sum()
+    wanted = list(leaves)[: 4 if sinks else 3]
+    grads = torch.autograd.grad(objective, [leaves[name] for name in wanted])
+    return {"out": out.detach(), "lse": whole_lse.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+@cache
+def torch_bf16_errors(mask: str, heads: str) -> dict[str, float]:
+    """The errors of PyTorch's own bf16 attention on the same inputs."""
+    case = MASKS[mask]
+    inputs = tensors(case, HEADS[heads], torch.bfloat16)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    out = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in leaves), attn_mask=case.dense().unsqueeze(1), enable_gqa=True
+    ).transpose(1, 2)
+    empty = ~case.dense().any(-1)  # where PyTorch gives NaN or an average of everything
+    out = out.masked_fill(empty.unsqueeze(-1).unsqueeze(-1), 0.0)
+    grads = torch.autograd.grad(out, leaves, inputs["dout"])
+    expected = oracle(mask, heads, torch.bfloat16)
+    return {
+        name: error(x, expected[name]) for name, x in zip(("out", "q", "k", "v"), (out.detach(), *grads), strict=True)
+    }
+
+
+def assert_exact(results: list[dict[str, Tensor]], expected: dict[str, Tensor], bound: dict[str, float]) -> None:
+    """Every rank has every tensor right."""
+    for rank, result in enumerate(results):
+        errors = {name: error(result[name], expected[name]) for name in expected}
+        wrong = {name: e for name, e in errors.items() if e > bound[name]}
+        assert not wrong, f"rank {rank} of {len(results)}: relative errors {wrong}, allowed {bound}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("mask", "layout", "world"), GRID)
+def test_every_mask_layout_and_world(mask: str, layout: str, world: int, dtype: torch.dtype) -> None:
+    for heads in HEADS:
+        inputs = tensors(MASKS[mask], HEADS[heads], dtype)
+        results = run_loopback(world, lambda w, i=inputs: attend(w, mask, layout, i))
+        expected = oracle(mask, heads, dtype)
+        assert_exact(results, expected, dict.fromkeys(expected, TOLERANCE[dtype]))
+
+
+@pytest.mark.parametrize(("mask", "layout", "world"), GRID)
+def test_bf16_within_pytorchs_own_error(mask: str, layout: str, world: int) -> None:
+    for heads in HEADS:
+        inputs = tensors(MASKS[mask], HEADS[heads], torch.bfloat16)
+        results = run_loopback(world, lambda w, i=inputs: attend(w, mask, layout, i))
+        own = torch_bf16_errors(mask, heads)
+        bound = {name: (2.0 if name == "out" else 3.0) * own[name] for name in own}
+        assert_exact(results, oracle(mask, heads, torch.bfloat16), bound | {"lse": 1e-2})
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("exchange", ["forward", "direct"])
+@pytest.mark.parametrize("value_dim", [16, 8, 24])
+@pytest.mark.parametrize("mask", ["causal", "batch_documents_window", "cross_causal"])
+def test_sinks_lse_and_value_dim(mask: str, value_dim: int, exchange: str, kernel: str) -> None:
+    inputs = tensors(MASKS[mask], HEADS["gqa"], torch.float64, value_dim=value_dim)
+    schedule = seqpar.Ring(exchange=exchange)
+    results = run_loopback(
+        3, lambda w: attend(w, mask, "zigzag", inputs, schedule=schedule, kernel=kernel, sinks=True, lse=True)
+    )
+    expected = oracle(mask, "gqa", torch.float64, value_dim, sinks=True, lse=True)
+    assert_exact(results, expected, dict.fromkeys(expected, 1e-10))
+
+
+@pytest.mark.parametrize("world", [5, 6, 7, 8])
+@pytest.mark.parametrize("exchange", ["forward", "direct"])
+def test_larger_worlds(world: int, exchange: str) -> None:
+    inputs = tensors(MASKS["documents"], HEADS["gqa"], torch.float64)
+    job = partial(attend, schedule=seqpar.Ring(exchange=exchange))
+    for layout in ("document_zigzag", "explicit"):
+        results = run_loopback(world, job, "documents", layout, inputs)
+        expected = oracle("documents", "gqa", torch.float64)
+        assert_exact(results, expected, dict.fromkeys(expected, 1e-10))
+
+
+@pytest.mark.parametrize("heads", [(12, 12), (12, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128), (256, 256), (64, 128)], ids=str)
+def test_head_shapes_of_the_field(heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    case = MASKS["causal"]
+    inputs = tensors(case, heads, torch.float32, *dims, batch=1)
+    leaves = [inputs[name].double().requires_grad_() for name in ("q", "k", "v")]
+    out, lse = dense_attention(*leaves, case.dense())
+    grads = torch.autograd.grad(out, leaves, inputs["dout"].double())
+    expected = {"out": out.detach(), "lse": lse.detach(), **dict(zip("qkv", grads, strict=True))}
+    results = run_loopback(2, lambda w: attend(w, "causal", "zigzag", inputs))
+    assert_exact(results, expected, dict.fromkeys(expected, 1e-5))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["gloo", "strict"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("mask", "layout", "exchange"),
+    [("causal", "zigzag", "forward"), ("batch_documents_window", "explicit", "direct")],
+    ids=["causal", "window"],
+)
+def test_processes_give_what_threads_give_bit_for_bit(
+    mask: str, layout: str, exchange: str, world: int, strict: bool
+) -> None:
+    inputs = tensors(MASKS[mask], HEADS["gqa"], torch.float32)
+    ring = seqpar.Ring(exchange=exchange)
+    threads = run_loopback(world, lambda w: attend(w, mask, layout, inputs, schedule=ring))
+    processes = run_gloo(world, partial(attend, schedule=ring), mask, layout, inputs, strict=strict)
+    for one, other in zip(threads, processes, strict=True):
+        for name in ("out", "lse", "q", "k", "v"):
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+def test_the_same_bits_every_time() -> None:
+    inputs = tensors(MASKS["causal"], HEADS["gqa"], torch.bfloat16)
+    first, second = (run_loopback(4, lambda w: attend(w, "causal", "zigzag", inputs)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        for name in ("out", "lse", "q", "k", "v"):
+            assert torch.equal(one[name], other[name])
+
+
+def test_gradients_on_a_bf16_wire_are_added_in_fp32() -> None:
+    inputs = tensors(MASKS["causal"], HEADS["gqa"], torch.float32)
+    expected = oracle("causal", "gqa", torch.float32)
+    exact, rounded = (
+        run_loopback(4, lambda w, g=wire: attend(w, "causal", "zigzag", inputs, schedule=seqpar.Ring("forward", g)))[0]
+        for wire in ("fp32", "bf16")
+    )
+    assert error(exact["k"], expected["k"]) < 1e-6 < error(rounded["k"], expected["k"]) < 6e-3
+    assert torch.equal(exact["q"], rounded["q"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_gradcheck_through_shard_attention_unshard(world: int) -> None:
+    length = 5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, length, heads, 2, dtype=torch.float64, generator=generator) for heads in (2, 1, 1))
+
+    def check(w: seqpar.comm.World) -> bool:
+        plan = seqpar.plan(seqpar.Causal(), length=length, group=w)
+
+        def function(*whole: Tensor) -> tuple[Tensor, Tensor]:
+            local = (plan.shard(x) for x in whole)
+            out, lse = seqpar.attention_with_lse(*local, plan, kernel="reference")
+            return plan.unshard(out), plan.unshard(lse, dim=2)
+
+        return torch.autograd.gradcheck(function, [x.clone().requires_grad_() for x in (q, k, v)])
+
+    assert run_loopback(world, check) == [True] * world

@@ -4,13 +4,14 @@ from .agreement import agree
 from .exchange import DirectExchange, Exchange, KeyValues, RingExchange
 from .loopback import run_loopback
 from .meter import Meter, Traffic
-from .process_group import ProcessGroupWorld, connect
+from .process_group import Group, ProcessGroupWorld, connect
 from .strict import StrictWorld
 from .world import Transfer, World
 
 __all__ = [
     "DirectExchange",
     "Exchange",
+    "Group",
     "KeyValues",
     "Meter",
     "ProcessGroupWorld",

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from .world import World
 
 _FIELDS = 12
-_MESSAGE_BYTES = 1024
-_REFUSED = 1
+_TEXT_BYTES = 1024
 
 
 def agree(world: World, what: str, fields: Mapping[str, object], refusal: ValueError | None = None) -> None:
@@ -24,7 +23,7 @@ def agree(world: World, what: str, fields: Mapping[str, object], refusal: ValueE
 
     Args:
         what: the call that is agreed on, itself part of what must agree.
-        fields: by name, what must be equal; compared by ``repr``, at most 10 of them.
+        fields: by name, what must be equal; compared by ``repr``, at most 11 of them.
         refusal: why this rank's own checks failed, if they did. It still takes part, so that nobody waits for it.
 
     One all-gather of 104 bytes per rank, and a second of 1,024 bytes per rank only where something is wrong.
@@ -36,48 +35,37 @@ def agree(world: World, what: str, fields: Mapping[str, object], refusal: ValueE
     shown = {"call": what, **{name: repr(value) for name, value in fields.items()}}
     assert len(shown) <= _FIELDS, f"agree on {_FIELDS} fields at most"
     digests = [_digest(value) for value in shown.values()]
-    record = [_REFUSED if refusal else 0, *digests, *[0] * (_FIELDS - len(digests))]
-    device = world.control_device
-    records = [r.tolist() for r in world.all_gather(torch.tensor(record, device=device), "agree")]
-    if all(r == records[0] and r[0] != _REFUSED for r in records):
-        return
-
-    reasons: list[str] = []
-    refused = [rank for rank, r in enumerate(records) if r[0] == _REFUSED]
-    differing = None if refused else next(i for i in range(_FIELDS) if len({r[1 + i] for r in records}) > 1)
-    # Fields after the first are only comparable between ranks in the same call, so the first that differs is named.
-    mine = str(refusal or "") if differing is None else list(shown.items())[min(differing, len(shown) - 1)][1]
-    messages = [_decode(m) for m in world.all_gather(_encode(mine).to(device), "agree")]
-    if differing is None:
-        by_message = _ranks_by([(messages[rank], rank) for rank in refused])
-        everyone = len(refused) == world.size
-        reasons = [m if everyone and len(by_message) == 1 else f"{_ranks(r)}: {m}" for m, r in by_message.items()]
-        raise ValueError("; ".join(reasons))
-    by_value = _ranks_by([(message, rank) for rank, message in enumerate(messages)])
-    name = list(shown)[min(differing, len(shown) - 1)]
-    got = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in by_value.items())
-    raise ValueError(f"{what}: ranks disagree on {name}: got {got}; expected the same on every rank of the group")
+    record = torch.tensor([int(refusal is not None), *digests, *[0] * (_FIELDS - len(digests))])
+    records = [tuple(r.tolist()) for r in world.all_gather(record.to(world.control_device), "agree")]
+    refused = [rank for rank, (refuses, *_) in enumerate(records) if refuses]
+    if refused:
+        reasons = _ranks_by(_all_gather_text(world, str(refusal or "")), refused)
+        unanimous = len(reasons) == 1 and len(refused) == world.size
+        raise ValueError("; ".join(m if unanimous else f"{ranks}: {m}" for m, ranks in reasons.items()))
+    if len(set(records)) > 1:
+        # The first field that differs: ranks in different calls share no other than the call itself.
+        field = next(i for i, values in enumerate(zip(*records, strict=True)) if len(set(values)) > 1) - 1
+        name, mine = list(shown.items())[field]
+        values = _ranks_by(_all_gather_text(world, mine), range(world.size))
+        where = "seqpar" if name == "call" else what
+        got = ", ".join(f"{value} on {ranks}" for value, ranks in values.items())
+        raise ValueError(f"{where}: ranks disagree on {name}: got {got}; expected the same on every rank of the group")
 
 
 def _digest(value: str) -> int:
     return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _encode(message: str) -> torch.Tensor:
-    raw = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+def _all_gather_text(world: World, text: str) -> list[str]:
+    raw = bytearray(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"))
+    sent = torch.frombuffer(raw, dtype=torch.uint8).to(world.control_device)
+    received = world.all_gather(sent, "agree")
+    return [bytes(x.tolist()).rstrip(b"\0").decode(errors="replace") for x in received]
 
 
-def _decode(message: torch.Tensor) -> str:
-    return bytes(message.tolist()).rstrip(b"\0").decode(errors="replace")
-
-
-def _ranks_by(pairs: list[tuple[str, int]]) -> dict[str, list[int]]:
-    ranks = defaultdict(list)
-    for key, rank in pairs:
-        ranks[key].append(rank)
-    return dict(ranks)
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _ranks_by(texts: list[str], ranks: Iterable[int]) -> dict[str, str]:
+    """Each text with the ranks that it came from, in words."""
+    by_text = defaultdict(list)
+    for rank in ranks:
+        by_text[texts[rank]].append(rank)
+    return {t: f"rank{'s' if len(r) > 1 else ''} {', '.join(map(str, r))}" for t, r in by_text.items()}

@@ -30,8 +30,8 @@ class _Switchboard:
             self.changed.notify_all()
 
     def take(self, source: int, destination: int) -> Tensor:
-        box = self.mail[source, destination]
         with self.changed:
+            box = self.mail[source, destination]
             arrived = self.changed.wait_for(lambda: box or self.failed is not None, self.timeout)
             if box:
                 return box.popleft()

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .world import Messages, SingleRank, Transfer, World
 
 Group = dist.ProcessGroup | DeviceMesh | World | None
+"""What :func:`connect` takes, and so every ``group=`` of seqpar."""
 
 
 class ProcessGroupWorld(World):

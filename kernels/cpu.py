@@ -34,8 +34,7 @@ class CpuKernel:
         self, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, carry: Partial | None
     ) -> Partial:
         """See :class:`~seqpar.kernels.contract.Kernel`."""
-        value_dim = v.shape[-1]
-        partial = Partial.empty(q, value_dim) if carry is None else carry
+        partial, whole, value_dim = carry, q, v.shape[-1]
         dim = max(q.shape[-1], value_dim)  # PyTorch's kernel wants D == Dv
         q, k, v = (_pad_to(dim, _computable(x)) for x in (q, k, v))
         for batch, heads, kv_heads, piece in _calls(intervals, q, k):
@@ -46,13 +45,18 @@ class CpuKernel:
             if mask is not None:
                 lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)  # PyTorch reports 0 for empty rows
             out = out.transpose(1, 2)[..., :value_dim]
+            if partial is None:
+                if out.shape[:3] == whole.shape[:3] and out.is_contiguous() and out.dtype == lse.dtype:
+                    partial = Partial(out, lse.contiguous())
+                    continue
+                partial = Partial.empty(whole, value_dim)
             into = Partial(partial.out[batch, piece.rows, heads], partial.lse[batch, heads, piece.rows])
             if carry is None and piece.first:
                 into.out.copy_(out)
                 into.lse.copy_(lse)
             else:
                 merge_(into, out, lse)
-        return partial
+        return Partial.empty(whole, value_dim) if partial is None else partial
 
     def backward(
         self,

@@ -29,6 +29,8 @@ class Piece(NamedTuple):
 
 def cut_into_pieces(start: Tensor, end: Tensor) -> list[Piece]:
     """Pieces that hold exactly the pairs ``start[i] <= j < end[i]``; start, end int ``[Tq]`` on the CPU."""
+    if not len(start):
+        return []
     lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
     pieces: list[Piece] = []
     for rows, joined in _join_short_runs(lo, hi, _linear_runs(lo, hi)):

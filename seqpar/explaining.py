@@ -15,10 +15,11 @@ def explain(plan: Plan) -> str:
     work, world = plan.work, plan.world
     keys = "" if plan.kv_length == plan.length else f" x {plan.kv_length:,} keys"
     pairs = work.pairs.double()
+    imbalance = pairs.max() / pairs.mean().clamp(min=1)
     lines = [
         f"{plan.mask} over {plan.length:,} tokens{keys}",
         f"layout: {plan.layout.name} on {world.size} rank(s), of which this is rank {world.rank}",
-        f"work: {int(pairs.sum()):,} query-key pairs in all, busiest rank / mean {pairs.max() / pairs.mean():.3f}",
+        f"work: {int(pairs.sum()):,} query-key pairs in all, busiest rank / mean {imbalance:.3f}",
         f"schedule: {plan.schedule}: {work.exchange} exchange, {_why(plan)}",
         *_bytes(plan),
         "step  keys of rank  rows       pairs",

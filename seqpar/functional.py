@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqpar.comm import World, connect
+from seqpar.comm import Group, World, connect
 
 from .operators import attention_op
 from .planning import Plan
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 class AttentionOutput(NamedTuple):
@@ -82,9 +78,7 @@ def attention_with_lse(
     return AttentionOutput(*attention_op(q, k, v, sinks, plan.handle, scale, kernel))
 
 
-def token_mean(
-    loss_sum: Tensor, num_tokens: Tensor | int, group: dist.ProcessGroup | DeviceMesh | World | None
-) -> Tensor:
+def token_mean(loss_sum: Tensor, num_tokens: Tensor | int, group: Group) -> Tensor:
     """The mean loss per valid token over all ranks, whose gradient is right where DDP or FSDP averages gradients.
 
     Args:
@@ -96,6 +90,8 @@ def token_mean(
         ``sum(loss_sum) / sum(num_tokens)``, the same on every rank (0 where there are no tokens at all). Its gradient
         with respect to ``loss_sum`` is ``world / sum(num_tokens)``: averaged over ranks, it is the true gradient.
     """
+    if loss_sum.dim():
+        raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected a scalar; sum it")
     return _TokenMean.apply(loss_sum, num_tokens, connect(group))
 
 

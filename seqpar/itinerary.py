@@ -36,7 +36,7 @@ class Itinerary:
         blocks: in the order in which they are computed: keys of ranks ``r, r - 1, r - 2, ...``.
         exchange: how keys travel.
         needed: int64 ``[world, world]``, ``needed[reader, owner]``: how many of the owner's rows some query of the
-            reader sees. All of them for a forward ring, where everything travels.
+            reader sees; a direct exchange moves just these.
         pairs: int64 ``[world]``: each rank's work, summed over the mask's batch rows.
     """
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from .masks import Mask
 from .positions import Positions
@@ -38,15 +37,13 @@ class Layout:
         return f"Layout({self.name!r}, {len(self.queries)} ranks)"
 
 
-def resolve_layout(layout: str | Layout | Sequence, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
+def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
     """The layout that the ``layout=`` of :func:`seqpar.plan` means; ValueError where it does not fit."""
     if isinstance(layout, str):
         if layout not in LAYOUT_NAMES:
             expected = f"one of {', '.join(LAYOUT_NAMES)}, another plan's .layout, or positions per rank"
             raise ValueError(f"layout: got {layout!r}, expected {expected}")
         return _named(layout, mask, length, kv_length, world)
-    if not isinstance(layout, Layout):
-        layout = Layout.explicit(layout)
     for what, held, total in (("queries", layout.queries, length), ("keys", layout.keys, kv_length)):
         if len(held) != world:
             raise ValueError(
@@ -100,25 +97,44 @@ def _zigzag(length: int, world: int) -> tuple[Positions, ...]:
 def _document_zigzag(cu_seqlens: tuple[int, ...], world: int) -> tuple[Positions, ...]:
     """Each document in ``2 * world`` chunks, rank ``r`` holding chunks ``r`` and ``2 * world - 1 - r``.
 
-    Where a document does not divide evenly, the ranks that get a token more follow on from the document before.
+    Tokens that remain when a document is divided evenly go to the ranks in turn, document after document.
     """
     chunks = 2 * world
     runs: list[list[tuple[int, int, int]]] = [[] for _ in range(world)]
-    phase = 0
-    for first, end in pairwise(cu_seqlens):
-        bounds = [first + (chunk * (end - first) + phase) // chunks for chunk in range(chunks + 1)]
-        phase = (phase + end - first) % chunks
-        for chunk in range(chunks):
-            rank = min(chunk, chunks - 1 - chunk)
-            runs[rank].append((bounds[chunk], bounds[chunk + 1] - bounds[chunk], 1))
+    turn = 0
+    for begin, end in pairwise(cu_seqlens):
+        size, remaining = divmod(end - begin, chunks)
+        sizes = [size] * chunks
+        for slot in range(turn, turn + remaining):
+            slot %= chunks
+            sizes[slot if slot < world else 3 * world - 1 - slot] += (
+                1  # each rank's first chunk, then each one's second
+            )
+        turn = (turn + remaining) % chunks
+        for chunk, count in enumerate(sizes):
+            runs[min(chunk, chunks - 1 - chunk)].append((begin, count, 1))
+            begin += count
     return tuple(Positions.runs(run) for run in runs)
+
+
+def as_layout(layout: str | Layout | Sequence) -> str | Layout:
+    """A name or a layout as it is; positions per rank as an explicit layout."""
+    if isinstance(layout, (str, Layout)):
+        return layout
+    if not isinstance(layout, Sequence):
+        raise ValueError(f"layout: got {layout!r}, expected a name, another plan's .layout, or positions per rank")
+    return Layout.explicit(layout)
 
 
 def _positions_per_rank(what: str, given: Sequence) -> tuple[Positions, ...]:
     held = []
     for rank, positions in enumerate(given):
-        tensor = positions.cpu() if isinstance(positions, Tensor) else torch.tensor(positions, dtype=torch.int64)
-        if tensor.dim() != 1 or tensor.is_floating_point() or bool((tensor.diff() <= 0).any()) or (tensor < 0).any():
+        try:
+            tensor = torch.as_tensor(positions).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"layout: {what} of rank {rank} are {positions!r}, expected integers") from error
+        integers = tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+        if tensor.dim() != 1 or not integers or bool((tensor.diff() <= 0).any()) or bool((tensor < 0).any()):
             raise ValueError(f"layout: {what} of rank {rank} are not 1-D, integer, >= 0 and increasing; sort them")
         held.append(Positions.of(tensor.to(torch.int64)))
     return tuple(held)

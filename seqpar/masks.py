@@ -81,8 +81,11 @@ class Mask(ABC):
             term_lo, term_hi = term.rule(local, span.num_queries, span.num_keys)
             lo, hi = torch.clamp(lo, min=term_lo), torch.clamp(hi, max=term_hi)
         empty = hi <= lo
-        hi = (hi + span.first_key).masked_fill_(empty, 0).cummax(0).values
-        return torch.where(empty, hi, lo + span.first_key), hi
+        lo, hi = lo + span.first_key, hi + span.first_key
+        if bool(empty.any()):
+            hi = hi.masked_fill(empty, 0).cummax(0).values
+            lo = torch.where(empty, hi, lo)
+        return lo, hi
 
 
 @dataclass(frozen=True)
@@ -214,9 +217,9 @@ class Documents(Mask):
                 yield Span(first, count, first_key, num_keys.expand_as(query))
                 continue
             bounds, key_bounds = torch.tensor(row), torch.tensor(key_row)
-            document = torch.searchsorted(bounds, query, right=True) - 1
-            first, first_key = bounds[document], key_bounds[document]
-            yield Span(first, bounds[document + 1] - first, first_key, key_bounds[document + 1] - first_key)
+            queries_each = torch.searchsorted(query, bounds).diff()  # of these queries: they are sorted
+            each = torch.stack([bounds[:-1], bounds.diff(), key_bounds[:-1], key_bounds.diff()])
+            yield Span(*each.repeat_interleave(queries_each, 1))
 
     def refine(self, other: Documents) -> Documents:
         """Documents bounded wherever either's are."""

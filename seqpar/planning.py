@@ -5,26 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from seqpar.comm import DirectExchange, Exchange, RingExchange, Traffic, World, agree, connect
+from seqpar.comm import DirectExchange, Exchange, Group, RingExchange, Traffic, World, agree, connect
 from seqpar.kernels import accumulator_dtype
 
 from . import registry
 from .explaining import explain
 from .itinerary import Itinerary, itinerary
-from .layouts import Layout
+from .layouts import Layout, as_layout
 from .masks import Mask, Span
 from .schedules import Ring, resolve_schedule
 from .sharding import Held, gather_rows, select_rows
 from .validation import HeadShape
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
 
 IGNORED_LABEL = -100
 Of = Literal["queries", "keys"]
@@ -35,7 +31,7 @@ def plan(
     *,
     length: int,
     kv_length: int | None = None,
-    group: dist.ProcessGroup | DeviceMesh | World | None = None,
+    group: Group = None,
     layout: str | Layout | Sequence = "zigzag",
     schedule: str | Ring = "ring",
     heads: int | tuple[int, int] | None = None,
@@ -60,6 +56,12 @@ def plan(
     """
     world = connect(group)
     kv_length = length if kv_length is None else kv_length
+    made, refusal = None, None
+    try:
+        layout = as_layout(layout)
+        made = _make(mask, length, kv_length, layout, schedule, world, HeadShape.of(heads, head_dim, dtype))
+    except ValueError as error:
+        refusal = error
     fields = {
         "length": length,
         "kv_length": kv_length,
@@ -70,11 +72,6 @@ def plan(
         "head_dim": head_dim,
         "dtype": dtype,
     }
-    made, refusal = None, None
-    try:
-        made = _make(mask, length, kv_length, layout, schedule, world, heads, head_dim, dtype)
-    except ValueError as error:
-        refusal = error
     agree(world, "seqpar.plan", fields, refusal)
     assert made is not None, "a refused plan was agreed on"
     return made
@@ -84,23 +81,19 @@ def _make(
     mask: Mask,
     length: int,
     kv_length: int,
-    layout: str | Layout | Sequence,
+    layout: str | Layout,
     schedule: str | Ring,
     world: World,
-    heads: int | tuple[int, int] | None,
-    head_dim: int | tuple[int, int] | None,
-    dtype: torch.dtype | None,
+    told: HeadShape,
 ) -> Plan:
     if not isinstance(mask, Mask):
         raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
     for name, value in (("length", length), ("kv_length", kv_length)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a positive number of tokens")
-    if not isinstance(layout, (str, Layout)):
-        layout = Layout.explicit(layout)
     ring = resolve_schedule(schedule)
     work = itinerary(mask, layout, ring, length, kv_length, world.size, world.rank)
-    return Plan(mask, length, kv_length, ring, world, work, HeadShape.of(heads, head_dim, dtype))
+    return Plan(mask, length, kv_length, ring, world, work, told)
 
 
 class Plan:
@@ -159,6 +152,8 @@ class Plan:
             )
         here = self.work.queries.tensor
         last = torch.stack([here == span.first_query + span.num_queries - 1 for span in self._spans()])
+        if len(last) not in (1, len(tokens)):
+            raise ValueError(f"tokens: got {len(tokens)} rows, expected {len(last)}, the rows of the plan's Documents")
         following = (here + 1).clamp(max=self.length - 1)
         return tokens[:, following.to(tokens.device)].masked_fill(last.to(tokens.device), IGNORED_LABEL)
 

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_FEW_RUNS = 4  # that are quicker one after another than by a search
+
 
 class Positions:
     """Strictly increasing global positions: ``start, start + step, ...`` of each run, one run after another.
@@ -64,12 +66,15 @@ class Positions:
     @cached_property
     def tensor(self) -> Tensor:
         """The positions, int64 ``[T]``."""
+        if len(self.starts) <= _FEW_RUNS:
+            runs = zip(self.starts.tolist(), self.counts.tolist(), self.steps.tolist(), strict=True)
+            return torch.cat([torch.arange(s, s + n * d, d) for s, n, d in runs] or [self.starts])
         run = torch.repeat_interleave(self.counts)
         return self.starts[run] + (torch.arange(len(self)) - self.offsets[run]) * self.steps[run]
 
     def count_below(self, bound: Tensor) -> Tensor:
         """How many positions are smaller than each ``bound``: the global-to-local map of key intervals."""
-        if len(self.starts) <= 4:
+        if len(self.starts) <= _FEW_RUNS:
             runs = zip(self.starts.tolist(), self.counts.tolist(), self.steps.tolist(), strict=True)
             below = torch.zeros_like(bound)
             for start, count, step in runs:
@@ -104,17 +109,19 @@ def _ceil_div(value: Tensor, step: int | Tensor) -> Tensor:
 
 
 def union(start: Tensor, end: Tensor) -> Tensor:
-    """The union of half-open intervals ``start .. end``, of any shape and order, as sorted disjoint ``[S, 2]``."""
-    start, end = start.flatten(), end.flatten()
-    start, end = start[end > start], end[end > start]
-    if not len(start):
-        return start.new_zeros(0, 2)
-    if bool((start.diff() < 0).any()):
-        start, order = start.sort()
-        end = end[order]
-    reach = end.cummax(0).values
-    opens = torch.ones_like(start, dtype=torch.bool)
-    opens[1:] = start[1:] > reach[:-1]
-    first = opens.nonzero().squeeze(1)
-    last = torch.cat([first[1:] - 1, first.new_tensor([len(start) - 1])])
-    return torch.stack([start[first], reach[last]], 1)
+    """The union of half-open intervals ``start .. end [rows, T]``, non-decreasing in each row, as sorted ``[S, 2]``."""
+    segments = torch.cat([_row_union(*row) for row in zip(start, end, strict=True)])
+    if len(start) > 1:
+        low, order = segments[:, 0].sort()
+        segments = _row_union(low, segments[order, 1].cummax(0).values)
+    return segments
+
+
+def _row_union(start: Tensor, end: Tensor) -> Tensor:
+    if bool((end <= start).any()):
+        start, end = start[end > start], end[end > start]
+    gap = start[1:] > end[:-1]
+    if not len(start) or not bool(gap.any()):
+        return torch.stack([start[:1], end[-1:]], 1)
+    after = gap.nonzero().squeeze(1) + 1
+    return torch.stack([torch.cat([start[:1], start[after]]), torch.cat([end[after - 1], end[-1:]])], 1)

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import seqpar
 from seqpar.comm import World
@@ -58,3 +61,54 @@ def attend(
     if sinks:  # a parameter: each rank has its part
         result["sinks"] = world.all_reduce(result["sinks"], "test")
     return result | {"forward": moved, "both": dict(world.meter.by_kind)}
+
+
+def checkpointed(world: World, mode: str) -> dict[str, Any]:
+    """Gradients through a checkpointed layer, and how often attention ran forward and what was sent for it."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, dtype=torch.float64).requires_grad_()
+    x = torch.randn(1, 30, 4, 8, dtype=torch.float64)
+    plan = seqpar.plan(seqpar.Causal(), length=30, group=world)
+
+    def layer(local: Tensor) -> Tensor:
+        return seqpar.attention(local @ weight, local, local, plan) @ weight
+
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = seqpar.checkpoint_context
+    world.meter.reset()
+    with CountForwards() as forwards:
+        local = plan.shard(x)
+        out = layer(local) if mode == "none" else checkpoint(layer, local, **options)
+        out.square().sum().backward()
+    assert weight.grad is not None
+    return {"grad": weight.grad, "forwards": forwards.count, "traffic": dict(world.meter.by_kind)}
+
+
+class CountForwards(TorchDispatchMode):
+    """Counts how often attention's forward operator really runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.seqpar.attention.default
+        return func(*args, **(kwargs or {}))
+
+
+def on_mesh_axes(world: World) -> tuple[Tensor, list[str]]:
+    """Attention over the second axis of a 2 x 2 mesh, and what a 2-D mesh is told."""
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("dp", "sp"))
+    plan = seqpar.plan(seqpar.Causal(), length=9, group=mesh["sp"])
+    torch.manual_seed(mesh["dp"].get_local_rank())
+    x = torch.randn(1, 9, 2, 8)
+    out = plan.unshard(seqpar.attention(*[plan.shard(x)] * 3, plan))
+    alone = seqpar.attention(x, x, x, seqpar.plan(seqpar.Causal(), length=9))
+    torch.testing.assert_close(out, alone)
+    errors = []
+    try:
+        seqpar.plan(seqpar.Causal(), length=9, group=mesh)
+    except ValueError as error:
+        errors.append(str(error))
+    return out, errors

@@ -50,12 +50,14 @@ def _watch(ranks: list[BaseProcess], deadline: float, folder: Path) -> None:
         if failed or time.monotonic() > deadline:
             break
         time.sleep(0.005)
+    # Of several reports the first is the cause; the others tell of a peer that went away.
+    reports = sorted(folder.glob("*.error"))
     for rank, process in enumerate(ranks):
-        report = folder / f"{rank}.error"
-        if report.exists():
-            raise AssertionError(f"rank {rank} of {len(ranks)} raised:\n{report.read_text()}")
-        if process.exitcode:
+        if process.exitcode and not any(report.stem.endswith(f"-{rank}") for report in reports):
             raise AssertionError(f"rank {rank} of {len(ranks)} died with exit code {process.exitcode}")
+    if reports:
+        rank = int(reports[0].stem.split("-")[1])
+        raise AssertionError(f"rank {rank} of {len(ranks)} raised:\n{reports[0].read_text()}")
     hung = [rank for rank, process in enumerate(ranks) if process.exitcode is None]
     if hung:
         raise AssertionError(f"ranks {hung} of {len(ranks)} still ran at the deadline")
@@ -71,7 +73,8 @@ def _rank_main(rank: int, size: int, folder: str, strict: bool, function: Callab
         torch.save(function(world, *args), f"{folder}/{rank}.pt")
         dist.barrier()
     except BaseException:
-        Path(f"{folder}/{rank}.writing").write_text(traceback.format_exc())
-        Path(f"{folder}/{rank}.writing").rename(f"{folder}/{rank}.error")
+        report = Path(f"{folder}/{time.monotonic_ns():020}-{rank}.writing")
+        report.write_text(traceback.format_exc())
+        report.rename(report.with_suffix(".error"))
         os._exit(1)
     dist.destroy_process_group()

@@ -1,0 +1,109 @@
+"""Attention inside PyTorch's machinery: compilers, checkpoints, autocast, meshes, autograd's limits."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+import seqpar
+from seqpar.comm import run_loopback
+from support.jobs import checkpointed, on_mesh_axes
+from support.ranks import run_gloo
+
+
+def causal(length: int) -> seqpar.Plan:
+    return seqpar.plan(seqpar.Causal(), length=length)
+
+
+def test_a_compiled_model_keeps_its_graph_and_survives_new_plans() -> None:
+    weight = torch.randn(32, 32)
+
+    def model(x: Tensor, w: Tensor, plan: seqpar.Plan) -> Tensor:
+        q = (x @ w).view(1, -1, 4, 8)
+        return (seqpar.attention(q, q[:, :, :2], q[:, :, :2], plan).flatten(2) @ w).relu().sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (13, 14, 15, 16, 17):
+        plan = causal(length)
+        x = torch.randn(1, length, 32)
+        grads = []
+        for function in (model, compiled):
+            w = weight.clone().requires_grad_()
+            grads.append(torch.autograd.grad(function(x, w, plan), w)[0])
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count == 2, "one graph for the first plan, one for all that follow"
+
+
+def test_operators_keep_the_rules_of_torch_library() -> None:
+    q, k, v = (torch.randn(1, 7, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    plan = causal(7)
+    for sinks in (None, torch.randn(4, requires_grad=True)):
+        torch.library.opcheck(torch.ops.seqpar.attention.default, (q, k, v, sinks, plan.handle, 0.3, "auto"))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_a_checkpointed_layer(mode: str) -> None:
+    """Plain checkpoints recompute attention, selective ones neither compute nor communicate twice."""
+    plain = run_loopback(3, checkpointed, "none")
+    for before, after in zip(plain, run_loopback(3, checkpointed, mode), strict=True):
+        torch.testing.assert_close(after["grad"], before["grad"], rtol=1e-12, atol=0)
+        assert before["forwards"] == 1
+        kv, grads = before["traffic"]["kv"], before["traffic"]["grad"]
+        assert kv.calls == 4, "2 hops forward, 2 hops backward"
+        if mode == "selective":
+            assert after["forwards"] == 1
+            assert after["traffic"] == before["traffic"]
+        else:
+            assert after["forwards"] == 2
+            assert after["traffic"]["kv"] == (6, kv.bytes * 3 // 2)
+            assert after["traffic"]["grad"] == grads
+
+
+def test_autocast_casts_as_sdpa_does() -> None:
+    plan = causal(6)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(1, 6, 2, 8, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = seqpar.attention(x, x, x, plan)
+            theirs = scaled_dot_product_attention(*[x.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        assert torch.autograd.grad(ours.sum(), x)[0].dtype == dtype
+
+
+def test_a_mesh_axis_is_a_group() -> None:
+    for _, errors in run_gloo(4, on_mesh_axes):
+        assert len(errors) == 1
+        assert "2-D mesh ('dp', 'sp'), expected one axis; pass mesh[name]" in errors[0]
+
+
+def test_autograd_keeps_the_plan_alive() -> None:
+    x = torch.randn(1, 5, 2, 8, requires_grad=True)
+    out = seqpar.attention(x, x, x, causal(5))
+    gc.collect()
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_double_backward_raises() -> None:
+    x = torch.randn(1, 5, 2, 8, requires_grad=True)
+    plan = causal(5)
+    (grad,) = torch.autograd.grad(seqpar.attention(x, x, x, plan).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward through seqpar\.attention_backward"):
+        grad.sum().backward()
+
+
+def test_any_strides() -> None:
+    plan = causal(11)
+    q, k, v = torch.randn(3, 2, 4, 11, 16, dtype=torch.float64).transpose(2, 3)  # [B, H, T, D] underneath
+    packed = torch.randn(2, 11, 3, 4, 16, dtype=torch.float64)
+    for tensors in ((q, k, v), packed.unbind(2)):
+        contiguous = [x.contiguous() for x in tensors]
+        torch.testing.assert_close(seqpar.attention(*tensors, plan), seqpar.attention(*contiguous, plan))

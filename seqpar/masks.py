@@ -266,21 +266,24 @@ def _check_int(what: str, value: object, *, least: int, remedy: str) -> None:
 
 
 def _boundaries(name: str, given: Sequence | Tensor, may_be_empty: bool) -> Boundaries:
-    rows = given.tolist() if isinstance(given, Tensor) else [x.tolist() if isinstance(x, Tensor) else x for x in given]
-    if rows and not isinstance(rows[0], (list, tuple)):
+    """Checked boundaries of every batch row; a single list of them stands for all rows."""
+    rows = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise ValueError(f"Documents: got {name}={rows!r}, expected [0, ..., length], or a list of such for batch rows")
+    rows = [x.tolist() if isinstance(x, Tensor) and x.dim() else x for x in rows]
+    if not any(isinstance(row, Sequence) for row in rows):
         rows = [rows]
-    checked = tuple(tuple(row) if isinstance(row, (list, tuple)) else (row,) for row in rows)
-    for index, row in enumerate(checked):
+    for index, row in enumerate(rows):
         where = f"Documents: {name} of batch row {index}"
-        if not all(isinstance(x, int) for x in row) or len(row) < 2 or row[0] != 0:
+        if not isinstance(row, Sequence) or len(row) < 2 or not all(isinstance(x, int) for x in row) or row[0] != 0:
             raise ValueError(f"{where} is {_short(row)}, expected integers that start at 0 and end at the length")
         for left, right in pairwise(row):
             if right < left or (right == left and not may_be_empty):
                 raise ValueError(f"{where} goes from {left} to {right}, expected increasing cumulative lengths")
-    if not checked:
-        raise ValueError(f"Documents: got no {name}, expected [0, ..., length]")
-    return checked
+    return tuple(tuple(row) for row in rows)
 
 
-def _short(row: tuple) -> str:
-    return repr(row) if len(row) <= 6 else f"({', '.join(map(repr, row[:3]))}, ..., {row[-1]!r})"
+def _short(row: object) -> str:
+    if not isinstance(row, Sequence) or len(row) <= 6:
+        return repr(row)
+    return f"[{', '.join(map(repr, row[:3]))}, ..., {row[-1]!r}]"

@@ -172,8 +172,13 @@ def test_a_plan_refuses_other_tensors_than_it_was_told() -> None:
     [
         (lambda: seqpar.Documents([0, 5, 5, 8]), r"cu_seqlens of batch row 0 goes from 5 to 5, expected increasing"),
         (lambda: seqpar.Documents([0, 5, 3]), r"goes from 5 to 3, expected increasing cumulative lengths"),
-        (lambda: seqpar.Documents([1, 5]), r"is \(1, 5\), expected integers that start at 0 and end at the length"),
-        (lambda: seqpar.Documents([]), r"expected"),
+        (lambda: seqpar.Documents([1, 5]), r"is \[1, 5\], expected integers that start at 0 and end at the length"),
+        (
+            lambda: seqpar.Documents([]),
+            r"Documents: got cu_seqlens=\[\], expected \[0, ..., length\], or a list of such",
+        ),
+        (lambda: seqpar.Documents(5), r"Documents: got cu_seqlens=5, expected"),
+        (lambda: seqpar.Documents([[0, 5], 7]), r"cu_seqlens of batch row 1 is 7, expected integers"),
         (lambda: seqpar.Documents([0, 2.5]), r"expected integers"),
         (lambda: seqpar.Documents([0, 4], [0, 2, 4]), r"1\] documents of queries and \[2\] of keys per batch row"),
         (

@@ -1,0 +1,116 @@
+"""seqpar's attention inside Hugging Face transformers: one registration, and the plan as a keyword of the model call.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="seqpar")
+    plan = seqpar.plan(seqpar.Causal(), length=tokens.shape[1], group=group)
+    logits = model(plan.shard(tokens), position_ids=plan.position_ids, use_cache=False, seqpar_plan=plan).logits
+
+The plan says who attends to whom: pass no attention_mask, and give it the documents, padding among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import seqpar
+
+NAME = "seqpar"
+"""What `attn_implementation` is called after `register()`."""
+
+# Keywords of a model call that reach attention and have no say in it.
+_BYSTANDERS = frozenset(
+    {
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+def register() -> None:
+    """Make `attn_implementation="seqpar"` known to transformers. Calling it again does no harm."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, no_mask)
+
+
+def no_mask(*, attention_mask: Tensor | None = None, config: Any = None, **_: Any) -> None:
+    """In place of the mask that transformers would make. Raises ValueError where model or caller wants its own."""
+    if attention_mask is not None:
+        raise ValueError(_unexpected("attention_mask", f"a tensor of shape {tuple(attention_mask.shape)}"))
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None:
+        raise ValueError(_unexpected("attention_chunk_size", chunk, "use another attn_implementation for this model"))
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    seqpar_plan: Any = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention over this rank's tokens, called by the model's layers.
+
+    query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, T, H, Dv], and no attention weights.
+    seqpar_plan: a plan, or for models whose layers have different windows a mapping from each `sliding_window` (None
+    for the layers without) to its plan. s_aux: learnable sinks [H]. Raises ValueError for anything else that would
+    change the result: nothing is dropped.
+    """
+    if isinstance(seqpar_plan, Mapping):
+        seqpar_plan = seqpar_plan.get(sliding_window)
+    if seqpar_plan is None:
+        where = f" for layers with sliding_window={sliding_window}" if sliding_window is not None else ""
+        raise ValueError(f"seqpar attention got no plan{where}; expected one: call model(..., seqpar_plan=plan)")
+    if attention_mask is not None:
+        raise ValueError(_unexpected("attention_mask", f"a tensor of shape {tuple(attention_mask.shape)}"))
+    if dropout:
+        raise ValueError(_unexpected("dropout", dropout, "set attention_dropout=0 in the model's config"))
+    if is_causal is False:
+        raise ValueError(_unexpected("is_causal", is_causal))
+    if sliding_window is not None and not _has_window(seqpar_plan, sliding_window):
+        window = f"seqpar.SlidingWindow({sliding_window - 1}, 0)"
+        raise ValueError(
+            f"seqpar attention got a layer with sliding_window={sliding_window} and a plan of {seqpar_plan.mask!r}; "
+            f"expected {window} in its mask: add it, or pass seqpar_plan={{window: plan, ...}} if layers differ"
+        )
+    for name, given in others.items():
+        if given is not None and given is not False and name not in _BYSTANDERS:
+            raise ValueError(_unexpected(name, _short(given), "leave it out, or use another attn_implementation"))
+    out = seqpar.attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seqpar_plan, scale=scaling, sinks=s_aux
+    )
+    return out, None
+
+
+def _has_window(plan: Any, window: int) -> bool:
+    lefts = [term.left for term in plan.mask.terms if isinstance(term, seqpar.SlidingWindow)]
+    return window - 1 in lefts or (not lefts and window >= plan.length)
+
+
+def _unexpected(name: str, got: object, remedy: str = "say it in the plan's mask instead") -> str:
+    return f"seqpar attention got {name}={got}; expected none: {remedy}"
+
+
+def _short(value: object) -> object:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,85 @@
+"""Checkpoints of a sharded run: written aside, renamed when whole, and loaded on any number of ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from .distributed import Ranks
+from .errors import RunError
+from .manifest import checkpoints, last_whole, name_of, read_manifest, step_of, write_manifest
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    directory: seen by all ranks. identity: what a run must share with the checkpoint it continues, by name. keep: how
+    many to keep.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any], keep: int, ranks: Ranks) -> None:
+        self.directory, self.identity, self.keep, self.ranks = directory, identity, keep, ranks
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Save the state after `step` steps; raises RunError where it can't be written, and keeps the earlier ones."""
+        final, partial = self.directory / name_of(step), self.directory / f".{name_of(step)}"
+        parameters, moments = get_state_dict(model, optimizer)
+        try:
+            dcp.save({"model": parameters, "optimizer": moments}, checkpoint_id=partial)
+        except dcp.api.CheckpointException as error:
+            raise RunError(self._failed(final, _cause(error))) from error
+
+        def finish() -> str:
+            try:
+                write_manifest(partial, {"step": step, "ranks": self.ranks.size, **self.identity})
+                if final.exists():
+                    shutil.rmtree(final)
+                partial.rename(final)
+                for old in checkpoints(self.directory)[self.keep :]:
+                    shutil.rmtree(old)
+            except OSError as error:
+                raise RunError(self._failed(final, str(error))) from error
+            return ""
+
+        self.ranks.on_rank0(finish)
+
+    def _failed(self, path: Path, reason: str) -> str:
+        last = last_whole(self.directory)
+        kept = f"the last whole one is {last}" if last else "there is no whole one"
+        return f"checkpoint {path} can't be written: {reason}; {kept}: free space or mend the folder, then --resume"
+
+    def load(self, model: nn.Module, optimizer: Optimizer) -> int:
+        """Load the newest whole checkpoint into model and optimizer, and return the steps it has behind it.
+
+        Raises ValueError where there is none, or where it belongs to a different run, naming the field.
+        """
+        path = Path(self.ranks.on_rank0(self._choose))
+        parameters, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": parameters, "optimizer": moments}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=parameters, optim_state_dict=moments)
+        return step_of(path)
+
+    def _choose(self) -> str:
+        path = last_whole(self.directory, report=lambda line: print(f"seqpar train: {line}", flush=True))
+        if path is None:
+            raise ValueError(f"--resume found no whole checkpoint under {self.directory}; start anew in another --out")
+        manifest = read_manifest(path)
+        for name, mine in self.identity.items():
+            if manifest.get(name) != mine:
+                raise ValueError(
+                    f"checkpoint {path} was made with {name} {manifest.get(name)}, this run has {mine}; "
+                    f"expected the same: give the same {name}, or start anew with another --out"
+                )
+        return str(path)
+
+
+def _cause(error: dcp.api.CheckpointException) -> str:
+    """What the first failing rank reported, without its traceback."""
+    rank, (reason, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {reason}"

@@ -1,0 +1,177 @@
+"""What `seqpar train` can be told: one frozen dataclass, from which the command line is derived."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "small": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "base": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+    "large": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+"""Llama shapes with grouped-query attention: about 0.1M, 1.7M, 80M and 1.2B parameters."""
+
+
+class OptionError(ValueError):
+    """An option's value that can't be; the message names the option as the command line spells it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a Llama-architecture language model on real text, with every sequence split over ranks.
+
+    Runs by itself (`seqpar train --nproc 2`) or under `torchrun --no-python ... seqpar train`, with NCCL where there
+    are GPUs and gloo where there are none. Writes metrics.jsonl, loss.png and checkpoints/ under --out.
+    """
+
+    data: tuple[Path, ...] = ()
+    """Text files, or folders that are searched for them. Default: the sources of Python's standard library."""
+    suffixes: tuple[str, ...] = ()
+    """Take only files of the folders that end so, such as .py .md. Default: every file that is UTF-8 text."""
+    model: Path | None = None
+    """A local Hugging Face checkpoint with its tokenizer. Default: a preset's shape with random weights, and bytes."""
+    preset: Literal["tiny", "small", "base", "large"] = "small"
+    """Shape of the model where --model is not given."""
+
+    seq_len: int = 2048
+    """Tokens in one row, over all ranks that share it; needs no divisibility."""
+    batch_size: int = 2
+    """Rows in one step, over all ranks."""
+    steps: int = 100
+    """Optimizer steps."""
+    lr: float = 3e-3
+    """Peak learning rate; it falls to a tenth of that along a cosine."""
+    warmup: int = 10
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, for matrices only."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    seed: int = 0
+    """Seed of the weights, of the order of the data and of the sample."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Precision of the computation; parameters, gradients and optimizer stay fp32. Default: bf16 on GPUs, else fp32."""
+
+    sp: int | None = None
+    """Ranks that share a sequence; the others repeat them with other rows. Default: all."""
+    schedule: str = "ring"
+    """How keys and values travel between the ranks of a sequence."""
+    exchange: Literal["auto", "forward", "direct"] = "auto"
+    """The ring's exchange: every shard to every rank, or only the rows that some query needs."""
+    layout: str = "zigzag"
+    """Which rank holds which tokens."""
+    mask: Literal["causal", "window"] = "causal"
+    """Who attends to whom inside a document: all earlier tokens, or the last --window of them."""
+    window: int = 1024
+    """Tokens that a query sees with --mask window, itself included."""
+    checkpoint_activations: Literal["none", "full", "selective"] = "none"
+    """Recompute layers in the backward: none, all of them, or all but their attention and its communication."""
+
+    eval_every: int = 25
+    """Steps between evaluations on the held-out text (and one at the end); 0 never evaluates."""
+    eval_batches: int = 2
+    """Batches of held-out text in one evaluation."""
+    sample_tokens: int = 200
+    """Tokens of text to generate at the end; 0 for none."""
+    verify: bool = False
+    """Compute the first step unsharded too, with plain Hugging Face attention, and fail where they differ."""
+
+    out: Path | None = None
+    """Folder of the results. Default: a new one under runs/, named by date and time."""
+    save_every: int = 100
+    """Steps between checkpoints (and one at the end); 0 saves none."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    resume: bool = False
+    """Continue exactly from the last whole checkpoint under --out; the number of ranks may differ."""
+
+    nproc: int = 1
+    """Ranks to start on this machine. Leave it out under torchrun, which starts them itself."""
+    threads: int | None = None
+    """CPU threads of each rank. Default: this machine's cores shared out evenly."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others before it gives up."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "steps", "window", "eval_batches", "keep", "nproc"):
+            _at_least(1, name, getattr(self, name))
+        for name in ("warmup", "eval_every", "save_every", "sample_tokens", "weight_decay", "grad_clip", "seed"):
+            _at_least(0, name, getattr(self, name))
+        for name in ("sp", "threads"):
+            if getattr(self, name) is not None:
+                _at_least(1, name, getattr(self, name))
+        for name in ("lr", "timeout"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"--{name} is {getattr(self, name)}; expected a positive number")
+        if self.model is not None and not (self.model / "config.json").is_file():
+            raise OptionError(
+                f"--model {self.model} holds no config.json; name the folder of a Hugging Face checkpoint"
+            )
+        if self.resume and self.out is None:
+            raise OptionError("--resume got no --out; expected the folder of the run to continue")
+        if self.schedule != "ring" and self.exchange != "auto":
+            raise OptionError(
+                f"--exchange {self.exchange} got --schedule {self.schedule}; only the ring has them: drop --exchange"
+            )
+
+    def sequence_ranks(self, world_size: int) -> int:
+        """Ranks that share one sequence among `world_size`. Raises ValueError where the numbers don't fit together."""
+        sp = self.sp if self.sp is not None else world_size
+        if world_size % sp:
+            raise ValueError(f"--sp {sp} got {world_size} ranks; expected a multiple: choose --sp among its divisors")
+        if self.batch_size % (world_size // sp):
+            raise ValueError(
+                f"--batch-size {self.batch_size} got {world_size // sp} groups of {sp} ranks; expected a multiple: "
+                f"use --batch-size {world_size // sp}, or a larger --sp"
+            )
+        if self.seq_len < sp:
+            raise ValueError(
+                f"--seq-len {self.seq_len} is shorter than the {sp} ranks that share it; expected a token for each: "
+                f"use a larger --seq-len or a smaller --sp"
+            )
+        return sp
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values for JSON: paths as text, tuples as lists."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _at_least(smallest: int, name: str, value: float) -> None:
+    if value < smallest:
+        raise OptionError(f"--{name.replace('_', '-')} is {value}; expected {smallest} or more")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,287 @@
+"""One rank of `seqpar train`: the loop, and what comes before and after it."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+import seqpar
+from seqpar.integrations import huggingface
+
+from .checkpoint import Checkpoints
+from .config import TrainConfig
+from .data import Batch, Corpus, find_documents, load_corpus
+from .distributed import Ranks, connected
+from .errors import RunError
+from .model import Text, build, load_text, model_config, shard
+from .outputs import CHECKPOINTS, prepare, remove_partial
+from .report import Report, Step, peak_memory
+from .sample import generate
+from .spawn import Place
+from .verify import Comparison, compare, reference_step, whole_gradients
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+PROMPT_TOKENS = 64
+"""Tokens of held-out text that the sample continues."""
+
+_KINDS = ("kv", "grad", "gather", "reduce", "agree")
+# Options that may differ between ranks without changing what is computed; data and model are compared by content.
+_OF_ONE_RANK = ("nproc", "threads", "out", "debug", "timeout", "data", "model")
+
+
+def run(config: TrainConfig, place: Place) -> None:
+    """Train as this rank. Raises ValueError for input that is wrong, RunError for what befalls the run."""
+    huggingface.register()
+    with connected(config, place) as ranks:
+        out = Path(ranks.on_rank0(lambda: str(prepare(config))))
+        text = load_text(config)
+        corpus = load_corpus(
+            find_documents(config.data, config.suffixes),
+            text.encode,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        shape = model_config(config)
+        options = {name: value for name, value in config.as_dict().items() if name not in _OF_ONE_RANK}
+        identity = _identity(config, corpus, shape)
+        ranks.agree({**options, **identity})
+        _Run(config, ranks, out, text, corpus, shape, identity).train()
+
+
+class _Run:
+    """A rank's model, optimizer and data, and the steps taken with them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        out: Path,
+        text: Text,
+        corpus: Corpus,
+        shape: PretrainedConfig,
+        identity: dict[str, Any],
+    ) -> None:
+        self.config, self.ranks, self.text, self.corpus = config, ranks, text, corpus
+        name = config.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        self.model: PreTrainedModel = build(config, shape, huggingface.NAME)
+        self.num_parameters = self.model.num_parameters()
+        shard(self.model, config, ranks, self.dtype)
+        self.optimizer = _optimizer(self.model, config)
+        if ranks.rank == 0:
+            remove_partial(out / CHECKPOINTS)
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, identity, config.keep, ranks)
+        self.done = self.checkpoints.load(self.model, self.optimizer) if config.resume else 0
+        self.report = Report(out, config.steps, self.done, is_rank0=ranks.rank == 0)
+
+    def train(self) -> None:
+        """All remaining steps, with their evaluations and checkpoints; then the plot and the sample."""
+        config = self.config
+        self._introduce()
+        try:
+            for index in range(self.done, config.steps):
+                step = self._step(index)
+                due = index + 1 == config.steps
+                if config.eval_every and len(self.corpus.held_out) and (due or (index + 1) % config.eval_every == 0):
+                    step.eval_loss = self._evaluate()
+                self.report.step(step)
+                if config.save_every and (due or (index + 1) % config.save_every == 0):
+                    self.checkpoints.save(index + 1, self.model, self.optimizer)
+        finally:
+            self.report.close()
+        plot = self.report.plot()
+        self.report.line(f"metrics, {plot.name if plot else 'plot'} and checkpoints are in {self.report.out}")
+        if config.sample_tokens:
+            self._sample()
+
+    def _introduce(self) -> None:
+        corpus, ranks, line = self.corpus, self.ranks, self.report.line
+        skipped = f", {corpus.skipped} binary files passed over" if corpus.skipped else ""
+        line(
+            f"data: {len(corpus.train.tokens):,} tokens in {len(corpus.train.starts):,} documents to train on, "
+            f"{len(corpus.held_out.tokens):,} in {len(corpus.held_out.starts):,} held out{skipped}"
+        )
+        if self.config.eval_every and not len(corpus.held_out):
+            line("data: too little is held out for a row of --seq-len; the held-out text is not evaluated")
+        line(
+            f"model: {self.num_parameters:,} parameters sharded over {ranks.size} ranks of {ranks.device.type}, "
+            f"{ranks.sequence.size} to a sequence, {str(self.dtype).removeprefix('torch.')}"
+        )
+        if self.done:
+            line(f"resumed after step {self.done}")
+
+    def _plan(self, batch: Batch) -> seqpar.Plan:
+        config = self.config
+        causal = seqpar.Causal() if config.mask == "causal" else seqpar.SlidingWindow(config.window - 1, 0)
+        return seqpar.plan(
+            causal & seqpar.Documents(batch.cu_seqlens),
+            length=config.seq_len,
+            group=self.ranks.sequence,
+            layout=config.layout,
+            schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
+        )
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss of this rank's tokens of a batch, and their number."""
+        plan = self._plan(batch)
+        tokens = batch.tokens.to(self.ranks.device)
+        logits = self.model(
+            input_ids=plan.shard(tokens),
+            position_ids=plan.position_ids.to(self.ranks.device),
+            use_cache=False,
+            seqpar_plan=plan,
+        ).logits
+        labels = plan.shift_labels(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        return loss, (labels != -100).sum()
+
+    def _step(self, index: int) -> Step:
+        """Forward, backward and update on one batch; its figures."""
+        config, began = self.config, time.perf_counter()
+        self.ranks.sequence.meter.reset()
+        self.ranks.everyone.meter.reset()
+        loss_sum, count = self._loss(self.corpus.train.batch(self.ranks.rows(self.corpus.indices(index))))
+        loss = seqpar.token_mean(loss_sum, count, self.ranks.everyone)
+        loss.backward()
+        paused = time.perf_counter()
+        verified = self._verify(index, loss.item()) if config.verify and index == self.done else None
+        paused = time.perf_counter() - paused
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        rate = learning_rate(config, index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise RunError(f"the loss of step {index + 1} is {loss.item()}; lower --lr, or raise --warmup")
+        tokens, memory, traffic = self._figures(int(count))
+        seconds = time.perf_counter() - began - paused
+        return Step(
+            step=index + 1,
+            loss=loss.item(),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            bytes_sent=sum(traffic.values()),
+            bytes_by_kind=traffic,
+            grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            lr=rate,
+            peak_memory_bytes=memory,
+            verified=verified,
+        )
+
+    def _figures(self, count: int) -> tuple[int, int, dict[str, int]]:
+        """Over all ranks: the sum of their tokens, the largest peak of memory, and the sum of their bytes by kind."""
+        meters = (self.ranks.sequence.meter.by_kind, self.ranks.everyone.meter.by_kind)
+        sent = [sum(meter[kind].bytes for meter in meters if kind in meter) for kind in _KINDS]
+        mine = torch.tensor([count, peak_memory(self.ranks.device), *sent], device=self.ranks.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.ranks.size)]
+        dist.all_gather(everyone, mine)
+        figures = torch.stack(everyone)
+        totals = figures.sum(0).tolist()
+        traffic = {kind: total for kind, total in zip(_KINDS, totals[2:], strict=True) if total}
+        return totals[0], int(figures[:, 1].max()), traffic
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Mean loss on held-out rows."""
+        self.model.eval()
+        losses, counts = [], []
+        for number in range(self.config.eval_batches):
+            rows = self.ranks.rows(self.corpus.held_out_indices(number))
+            loss, count = self._loss(self.corpus.held_out.batch(rows))
+            losses.append(loss)
+            counts.append(count)
+        self.model.train()
+        return seqpar.token_mean(torch.stack(losses).sum(), torch.stack(counts).sum(), self.ranks.everyone).item()
+
+    def _verify(self, index: int, loss: float) -> dict[str, float]:
+        """Compare a step's loss and gradients with an unsharded computation; raises RunError where they differ."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=whole)
+        gradients = whole_gradients(self.model)
+        comparison: Comparison | None = None
+
+        def check() -> str:
+            nonlocal comparison
+            reference = build(self.config, model_config(self.config), "sdpa")
+            reference.load_state_dict(weights)
+            batch = self.corpus.train.batch(self.corpus.indices(index))
+            comparison = compare(loss, gradients, reference_step(reference, batch, self.config), self.dtype)
+            self.report.line(comparison.table())
+            if not comparison.passed:
+                raise RunError(
+                    f"--verify: step {index + 1} differs from the unsharded computation: loss by "
+                    f"{comparison.loss_difference:.2e}, the gradient of {comparison.worst[0]} by "
+                    f"{comparison.worst[1]:.2e}; expected at most {comparison.bounds[0]:.0e} and "
+                    f"{comparison.bounds[1]:.0e}: this is a bug, please report it with the command"
+                )
+            return ""
+
+        self.ranks.on_rank0(check)
+        if comparison is None:
+            return {}
+        return {"loss_difference": comparison.loss_difference, "gradient_difference": comparison.worst[1]}
+
+    def _sample(self) -> None:
+        """Print a continuation of held-out text."""
+        rows = self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train
+        prompt = rows.tokens[: min(PROMPT_TOKENS, self.config.seq_len)].tolist()
+        chosen = generate(
+            self.model,
+            prompt,
+            self.config.sample_tokens,
+            vocabulary=self.text.vocabulary,
+            seed=self.config.seed,
+            ranks=self.ranks,
+        )
+        self.report.line(f"sample: {len(prompt)} tokens of text, then [{len(chosen)} tokens by the model]")
+        self.report.line(f"{self.text.decode(prompt)}[{self.text.decode(chosen)}]")
+
+
+def learning_rate(config: TrainConfig, index: int) -> float:
+    """The rate of the step with this index, from 0: a linear rise over the warm-up, then a cosine to a tenth."""
+    if index < config.warmup:
+        return config.lr * (index + 1) / config.warmup
+    progress = (index - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+
+
+def _identity(config: TrainConfig, corpus: Corpus, shape: PretrainedConfig) -> dict[str, Any]:
+    """What a continued run must share with its checkpoint, and all ranks with each other, by name."""
+    from transformers import PretrainedConfig
+
+    generic = PretrainedConfig().to_dict().keys()
+    return {
+        "seed": config.seed,
+        "seq_len": config.seq_len,
+        "batch_size": config.batch_size,
+        "mask": config.mask if config.mask == "causal" else f"window of {config.window}",
+        "data": f"{corpus.train.digest()}-{corpus.held_out.digest()}",
+        **{
+            f"model {name}": value
+            for name, value in sorted(shape.to_dict().items())
+            if isinstance(value, int | float | str) and name not in generic
+        },
+    }

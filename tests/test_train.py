@@ -1,0 +1,180 @@
+"""`seqpar train`: the same run on any number of ranks, and continued on any other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support.train import SMALL, Finished, Run, fork_ranks, losses, metrics, once, write_texts
+
+STEPS = 20
+LAYOUTS = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4": (4, 4), "2x2": (4, 2)}
+"""Ranks, and how many of them share a sequence, of each run."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of pytest's workers, so that the runs are made once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "train"
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Finished]:
+    """Finished runs that differ in their ranks alone, each in a folder of its name; and some other ones."""
+    with once(folder / "texts") as first:
+        if first:
+            write_texts(folder / "data")
+            write_texts(folder / "other data", documents=5)
+
+    def run(name: str, ranks: int, *options: object) -> Run:
+        return Run(ranks=ranks, options=_options(folder / "data", folder / name, *options))
+
+    wanted = {name: run(name, ranks, "--sp", sp, "--verify") for name, (ranks, sp) in LAYOUTS.items()}
+    wanted["full"] = run("full", 2, "--checkpoint-activations", "full")
+    wanted["selective"] = run("selective", 2, "--checkpoint-activations", "selective")
+    wanted["window"] = run("window", 3, "--mask", "window", "--window", 50, "--verify")
+    return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "first"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path, runs: dict[str, Finished]) -> dict[str, Finished]:
+    """Attempts to continue the run of two ranks from its middle, each in a folder of its name."""
+
+    def attempt(name: str, *options: object, ranks: int = 2, largest_file: int | None = None) -> Run:
+        options = tuple(_options(folder / "data", folder / f"resumed {name}", "--resume", *options))
+        return Run(ranks=ranks, options=options, largest_file=largest_file)
+
+    wanted = {
+        "same ranks": attempt("same ranks"),
+        "other ranks": attempt("other ranks", ranks=3),
+        "truncated": attempt("truncated"),
+        "all truncated": attempt("all truncated"),
+        "full disk": attempt("full disk", largest_file=100_000),
+        "seed": attempt("seed", "--seed", 7),
+        "seq_len": attempt("seq_len", "--seq-len", 332),
+        "batch_size": attempt("batch_size", "--batch-size", 4),
+        "data": attempt("data", "--data", folder / "other data"),
+        "model head_dim": attempt("model head_dim", "--preset", "small"),
+    }
+    with once(folder / "interrupted") as first:
+        for name in wanted if first else ():
+            _interrupt(
+                folder / "2", folder / f"resumed {name}", truncate={"truncated": 1, "all truncated": 2}.get(name)
+            )
+    return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "second"), strict=True))
+
+
+def _interrupt(run: Path, out: Path, truncate: int | None) -> None:
+    """Copy a run without its last checkpoint, or with that many of its last checkpoints truncated."""
+    shutil.copytree(run, out)
+    checkpoints = sorted((out / "checkpoints").iterdir())
+    if truncate is None:
+        shutil.rmtree(checkpoints[-1])
+    for checkpoint in checkpoints[-truncate:] if truncate is not None else ():
+        shard = checkpoint / "__1_0.distcp"
+        shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _options(data: Path, out: Path, *more: object) -> list[object]:
+    steps = ("--steps", STEPS, "--warmup", 5, "--save-every", 10, "--eval-every", 10)
+    return [*SMALL, "--data", data, "--out", out, *steps, *more]
+
+
+def test_every_run_ends_well(runs: dict[str, Finished]) -> None:
+    for name, run in runs.items():
+        assert set(run.codes) == {0}, f"{name}: {run.output}"
+
+
+@pytest.mark.parametrize("name", ["2", "3", "4", "2x2", "full", "selective"])
+def test_ranks_and_checkpointing_leave_the_losses_alone(name: str, folder: Path, runs: dict[str, Finished]) -> None:
+    assert losses(folder / name) == pytest.approx(losses(folder / "1"), rel=1e-4)
+    held_out = [line["eval_loss"] for line in metrics(folder / name) if "eval_loss" in line]
+    assert len(held_out) == 2
+    assert held_out == pytest.approx([line["eval_loss"] for line in metrics(folder / "1") if "eval_loss" in line], 1e-4)
+
+
+def test_the_loss_falls(folder: Path, runs: dict[str, Finished]) -> None:
+    first, *_, last = losses(folder / "4")
+    assert first > 5
+    assert last < 4
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "window"])
+def test_the_first_step_equals_the_unsharded_one(name: str, folder: Path, runs: dict[str, Finished]) -> None:
+    verified = metrics(folder / name)[0]["verified"]
+    assert verified["loss_difference"] < 1e-6
+    assert verified["gradient_difference"] < 1e-5
+    assert "passed: largest of 21 gradients" in runs[name].output
+
+
+def test_metrics_name_bytes_memory_and_speed(folder: Path, runs: dict[str, Finished]) -> None:
+    for name, (size, _) in LAYOUTS.items():
+        for line in metrics(folder / name):
+            assert line["peak_memory_bytes"] > 1e7
+            assert line["tokens_per_second"] > 0
+            assert line["tokens"] == metrics(folder / "1")[line["step"] - 1]["tokens"]
+            assert (line["bytes_sent"] > 0) == (size > 1)
+            assert line["bytes_sent"] == sum(line["bytes_by_kind"].values())
+
+
+def test_a_selective_checkpoint_sends_nothing_twice(folder: Path, runs: dict[str, Finished]) -> None:
+    plain, selective, full = (metrics(folder / name)[-1]["bytes_by_kind"] for name in ("2", "selective", "full"))
+    assert selective["kv"] == plain["kv"]
+    assert full["kv"] > plain["kv"]
+
+
+def test_a_run_leaves_a_plot_and_its_last_checkpoints(folder: Path, runs: dict[str, Finished]) -> None:
+    assert (folder / "2" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (folder / "2" / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000020",
+    ]
+
+
+def test_resume_is_exact_on_as_many_ranks(folder: Path, resumed: dict[str, Finished]) -> None:
+    assert resumed["same ranks"].codes == [0, 0], resumed["same ranks"].output
+    assert losses(folder / "resumed same ranks") == losses(folder / "2")
+
+
+def test_resume_on_another_number_of_ranks(folder: Path, resumed: dict[str, Finished]) -> None:
+    assert resumed["other ranks"].codes == [0, 0, 0], resumed["other ranks"].output
+    assert losses(folder / "resumed other ranks") == pytest.approx(losses(folder / "2"), rel=1e-4)
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_last_whole_one(folder: Path, resumed: dict[str, Finished]) -> None:
+    run = resumed["truncated"]
+    assert run.codes == [0, 0], run.output
+    assert "step-00000020 is not whole and is passed over" in run.output
+    assert "resumed after step 10" in run.output
+    assert losses(folder / "resumed truncated") == losses(folder / "2")
+
+
+def test_no_whole_checkpoint_is_an_error(resumed: dict[str, Finished]) -> None:
+    run = resumed["all truncated"]
+    assert run.codes == [2, 2], run.output
+    assert "rank 1: error: --resume found no whole checkpoint under" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_a_failed_save_keeps_the_last_whole_checkpoint(folder: Path, resumed: dict[str, Finished]) -> None:
+    run = resumed["full disk"]
+    assert run.codes == [1, 1], run.output
+    kept = folder / "resumed full disk" / "checkpoints" / "step-00000010"
+    errors = [line for line in run.output.splitlines() if "error: " in line]
+    assert len(errors) == 2
+    for line in errors:
+        assert "step-00000020 can't be written: rank" in line
+        assert f"the last whole one is {kept}: free space or mend the folder, then --resume" in line
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize("field", ["seed", "seq_len", "batch_size", "data", "model head_dim"])
+def test_resume_refuses_another_run_and_names_the_field(field: str, resumed: dict[str, Finished]) -> None:
+    run = resumed[field]
+    assert run.codes == [2, 2], run.output
+    assert f"was made with {field} " in run.output
+    assert "Traceback" not in run.output

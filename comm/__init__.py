@@ -6,7 +6,7 @@ from .loopback import run_loopback
 from .meter import Meter, Traffic
 from .process_group import Group, ProcessGroupWorld, connect
 from .strict import StrictWorld
-from .world import Transfer, World
+from .world import SingleRank, Transfer, World
 
 __all__ = [
     "DirectExchange",
@@ -16,6 +16,7 @@ __all__ = [
     "Meter",
     "ProcessGroupWorld",
     "RingExchange",
+    "SingleRank",
     "StrictWorld",
     "Traffic",
     "Transfer",

@@ -18,7 +18,7 @@ _FIELDS = 12
 _TEXT_BYTES = 1024
 
 
-def agree(world: World, what: str, fields: Mapping[str, object], refusal: ValueError | None = None) -> None:
+def agree(world: World, what: str, fields: Mapping[str, object], refusal: Exception | None = None) -> None:
     """Raise the same ValueError on every rank unless all of them have equal ``fields`` and none has a ``refusal``.
 
     Args:
@@ -28,9 +28,10 @@ def agree(world: World, what: str, fields: Mapping[str, object], refusal: ValueE
 
     One all-gather of 104 bytes per rank, and a second of 1,024 bytes per rank only where something is wrong.
     """
+    reason = str(refusal) if isinstance(refusal, ValueError) else f"{type(refusal).__name__}: {refusal}"
     if world.size == 1:
         if refusal is not None:
-            raise refusal
+            raise ValueError(reason) from refusal
         return
     shown = {"call": what, **{name: repr(value) for name, value in fields.items()}}
     assert len(shown) <= _FIELDS, f"agree on {_FIELDS} fields at most"
@@ -39,9 +40,9 @@ def agree(world: World, what: str, fields: Mapping[str, object], refusal: ValueE
     records = [tuple(r.tolist()) for r in world.all_gather(record.to(world.control_device), "agree")]
     refused = [rank for rank, (refuses, *_) in enumerate(records) if refuses]
     if refused:
-        reasons = _ranks_by(_all_gather_text(world, str(refusal or "")), refused)
+        reasons = _ranks_by(_all_gather_text(world, reason), refused)
         unanimous = len(reasons) == 1 and len(refused) == world.size
-        raise ValueError("; ".join(m if unanimous else f"{ranks}: {m}" for m, ranks in reasons.items()))
+        raise ValueError("; ".join(m if unanimous else f"{r}: {m}" for m, r in reasons.items())) from refusal
     if len(set(records)) > 1:
         # The first field that differs: ranks in different calls share no other than the call itself.
         field = next(i for i, values in enumerate(zip(*records, strict=True)) if len(set(values)) > 1) - 1

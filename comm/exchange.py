@@ -79,20 +79,21 @@ class Exchange(ABC):
         self._home: KeyValues | None = None
         self._return: _Return | None = None
 
-    def __iter__(self) -> Iterator[KeyValues]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """K and V of ranks ``r, r - 1, r - 2, ...``: this rank's own first, of others the rows that arrive here."""
-        current = KeyValues(self._k, self._k, self._v)
+        k, v, message = self._k, self._v, None
         for step in range(self._world.size):
             self._step = step
             if step + 1 == self._world.size:
-                yield current
+                yield k, v
                 return
+            to, outgoing, source = self._outgoing(step + 1, message)
             rows = self._rows[self._peer(-step - 1)]
             message = self._k.new_empty(_numel(self._k, self._v, rows))
-            transfer = self._start(step + 1, current.message, message)
-            yield current
+            transfer = self._world.start([(to, outgoing)], [(source, message)], "kv")
+            yield k, v
             transfer.wait()
-            current = KeyValues.carve(message, self._k, self._v, rows)
+            _, k, v = KeyValues.carve(message, self._k, self._v, rows)
 
     def give_back(self, grad: KeyValues) -> None:
         """Send the gradient of the current step's rows on its way; that of the first step's is at home."""
@@ -111,8 +112,8 @@ class Exchange(ABC):
         return self._home
 
     @abstractmethod
-    def _start(self, step: int, current: Tensor, into: Tensor) -> Transfer:
-        """Start receiving the message of ``step``; ``current`` is the message of the step before."""
+    def _outgoing(self, step: int, previous: Tensor | None) -> tuple[int, Tensor, int]:
+        """To whom what is sent while ``step`` is fetched, and from whom; ``previous`` is the message that came last."""
 
     @abstractmethod
     def _start_return(self, grad: KeyValues) -> _Return:
@@ -137,10 +138,9 @@ class RingExchange(Exchange):
 
     _relays = True
 
-    def _start(self, step: int, current: Tensor, into: Tensor) -> Transfer:
-        if step == 1:
-            current = KeyValues.pack(self._k, self._v, None).message
-        return self._world.start([(self._peer(1), current)], [(self._peer(-1), into)], "kv")
+    def _outgoing(self, step: int, previous: Tensor | None) -> tuple[int, Tensor, int]:
+        message = KeyValues.pack(self._k, self._v, None).message if previous is None else previous
+        return self._peer(1), message, self._peer(-1)
 
     def _start_return(self, grad: KeyValues) -> _Return:
         following = self._rows[self._peer(-self._step - 1)]
@@ -161,14 +161,13 @@ class DirectExchange(Exchange):
         grad_wire: torch.dtype,
         send_rows: Sequence[Tensor | None],
     ) -> None:
-        """``send_rows[destination]``: the rows of this rank's shard that each rank needs, None for all of them."""
+        """``send_rows[destination]``: this rank's rows that each rank needs (on k's device), None for all of them."""
         super().__init__(world, k, v, rows, grad_wire)
         self._send_rows = send_rows
 
-    def _start(self, step: int, current: Tensor, into: Tensor) -> Transfer:
+    def _outgoing(self, step: int, previous: Tensor | None) -> tuple[int, Tensor, int]:
         reader = self._peer(step)
-        packed = KeyValues.pack(self._k, self._v, self._send_rows[reader])
-        return self._world.start([(reader, packed.message)], [(self._peer(-step), into)], "kv")
+        return reader, KeyValues.pack(self._k, self._v, self._send_rows[reader]).message, self._peer(-step)
 
     def _start_return(self, grad: KeyValues) -> _Return:
         reader = self._peer(self._step)

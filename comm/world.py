@@ -36,7 +36,8 @@ class World(ABC):
         """
         sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
         receives = [(peer, tensor) for peer, tensor in receives if tensor.numel()]
-        self.meter.add(kind, len(sends), sum(tensor.nbytes for _, tensor in sends))
+        if sends:
+            self.meter.add(kind, len(sends), sum(tensor.nbytes for _, tensor in sends))
         return self._start(sends, receives)
 
     def all_gather(self, tensor: Tensor, kind: str) -> list[Tensor]:

@@ -21,7 +21,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervals:
     """The keys that each query sees: ``start[i] <= j < end[i]``, indices into the block's own keys.
 
@@ -31,7 +31,7 @@ class Intervals:
 
     start: Tensor
     end: Tensor
-    _on_device: dict[torch.device, Intervals] = field(default_factory=dict, repr=False, compare=False)
+    _on_device: dict[torch.device, Intervals] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> Intervals:
         """The same intervals on ``device``; moved once."""
@@ -72,18 +72,15 @@ class Partial:
 def merge_(into: Partial, out: Tensor, lse: Tensor) -> None:
     """Merge the partial ``(out, lse)`` into ``into``, in place.
 
-    ``lse = max + log1p(exp(min - max))`` cannot overflow, and a side that saw no key has weight 0.
+    Its weight is ``exp(lse) / (exp(lse) + exp(into.lse))``, as a sigmoid: no exponential overflows, the rounding of
+    large sums of exponentials does not enter, and a side that saw no key has weight 0.
     """
-    high, low = torch.maximum(into.lse, lse), torch.minimum(into.lse, lse)
-    gap = (low - high).nan_to_num_(nan=-torch.inf)  # both sides empty: -inf - -inf
-    merged = high + gap.exp().log1p_()
-    weight = (lse - merged).exp_().nan_to_num_(nan=0.0)
-    weight = weight.transpose(1, 2).unsqueeze(-1)
-    into.out.lerp_(out.to(into.out.dtype), weight)
-    into.lse.copy_(merged)
+    weight = torch.sigmoid(lse - into.lse).masked_fill_(lse == -torch.inf, 0.0)  # both empty: -inf - -inf
+    into.out.lerp_(out.to(into.out.dtype), weight.transpose(1, 2).unsqueeze(-1))
+    into.lse.copy_(torch.logaddexp(into.lse, lse))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OutputGradient:
     """What a backward needs to know of the finished output: it, its global lse, and their gradients.
 
@@ -104,6 +101,8 @@ class OutputGradient:
 
 class Kernel(Protocol):
     """A backend of local attention."""
+
+    name: str
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise ValueError, naming what is supported, for inputs that this backend cannot take."""

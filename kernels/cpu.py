@@ -110,9 +110,10 @@ def _native_bf16() -> bool:
 
 
 def _computable(x: Tensor) -> Tensor:
-    """``x`` in the dtype that this processor computes fastest in."""
+    """``x`` in the dtype that this processor computes fastest in; PyTorch's kernel wants its last dim dense."""
     slow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not _native_bf16())
-    return x.float() if slow else x
+    x = x.float() if slow else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _pad_to(dim: int, x: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ def _why(plan: Plan) -> str:
 
 def _bytes(plan: Plan) -> list[str]:
     told = plan.told
-    if told.heads is None or told.dims is None or told.dtype is None:
+    if told.heads is None or told.head_dim is None or told.dtype is None:
         return ["bytes: give the plan heads, head_dim and dtype to see them"]
-    sent = [plan.traffic(1, told.heads, told.dims, told.dtype, rank) for rank in range(plan.world.size)]
+    sent = [plan.traffic(1, told.heads, told.head_dim, told.dtype, rank) for rank in range(plan.world.size)]
     return [
         f"bytes sent per layer and batch row, {way}: {sent[plan.world.rank][way].bytes:,} by this rank in "
         f"{sent[plan.world.rank][way].calls} messages, {max(s[way].bytes for s in sent):,} by the busiest, "

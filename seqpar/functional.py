@@ -11,6 +11,7 @@ from seqpar.comm import Group, World, connect
 
 from .operators import attention_op
 from .planning import Plan
+from .validation import check_types
 
 
 class AttentionOutput(NamedTuple):
@@ -45,9 +46,11 @@ def attention(
         ``[B, T, H, Dv]``, local, in q's dtype; zeros where a query sees no key.
 
     Raises:
-        ValueError: on every rank, before anything is sent, for inputs that are wrong or differ between ranks.
+        ValueError: before anything is sent, for inputs that are wrong, or that differ between ranks at the first call
+            of their kind with this plan: then on every rank.
 
-    Under autocast, q, k and v are cast as ``scaled_dot_product_attention`` casts them. Differentiable once.
+    Under autocast, q, k and v are cast as ``scaled_dot_product_attention`` casts them. Differentiable once, in reverse
+    mode. Keep the plan until the backward where the call is compiled: a graph knows it only by number.
     """
     return attention_with_lse(q, k, v, plan, scale=scale, sinks=sinks, kernel=kernel).out
 
@@ -68,14 +71,13 @@ def attention_with_lse(
     """
     if not isinstance(plan, Plan):
         raise ValueError(f"plan: got {type(plan).__name__}, expected the result of seqpar.plan(...)")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor [batch, tokens, heads, head_dim]")
+    check_types(plan, q, k, v, sinks, scale, kernel)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return AttentionOutput(*attention_op(q, k, v, sinks, plan.handle, scale, kernel))
+    if scale is None:
+        scale = (q.shape[-1] if q.dim() and q.shape[-1] else 1) ** -0.5
+    return AttentionOutput(*attention_op(q, k, v, sinks, plan.handle, float(scale), kernel))
 
 
 def token_mean(loss_sum: Tensor, num_tokens: Tensor | int, group: Group) -> Tensor:
@@ -90,8 +92,9 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int, group: Group) -> Tens
         ``sum(loss_sum) / sum(num_tokens)``, the same on every rank (0 where there are no tokens at all). Its gradient
         with respect to ``loss_sum`` is ``world / sum(num_tokens)``: averaged over ranks, it is the true gradient.
     """
-    if loss_sum.dim():
-        raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected a scalar; sum it")
+    for name, value in (("loss_sum", loss_sum), ("num_tokens", num_tokens)):
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a scalar; sum it")
     return _TokenMean.apply(loss_sum, num_tokens, connect(group))
 
 
@@ -100,8 +103,9 @@ class _TokenMean(torch.autograd.Function):
     def forward(ctx: Any, loss_sum: Tensor, num_tokens: Tensor | int, world: World) -> Tensor:
         count = torch.as_tensor(num_tokens, dtype=torch.float64, device=loss_sum.device)
         total, tokens = world.all_reduce(torch.stack([loss_sum.detach().double(), count]), "reduce")
-        ctx.scale = (world.size / tokens.clamp(min=1.0)).to(loss_sum.dtype)
-        return (total / tokens.clamp(min=1.0)).to(loss_sum.dtype)
+        share = torch.where(tokens == 0, 0.0, 1.0 / tokens)
+        ctx.scale = (world.size * share).to(loss_sum.dtype)
+        return (total * share).to(loss_sum.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -107,9 +107,8 @@ def _document_zigzag(cu_seqlens: tuple[int, ...], world: int) -> tuple[Positions
         sizes = [size] * chunks
         for slot in range(turn, turn + remaining):
             slot %= chunks
-            sizes[slot if slot < world else 3 * world - 1 - slot] += (
-                1  # each rank's first chunk, then each one's second
-            )
+            # Each rank's first chunk gets one, then each rank's second.
+            sizes[slot if slot < world else 3 * world - 1 - slot] += 1
         turn = (turn + remaining) % chunks
         for chunk, count in enumerate(sizes):
             runs[min(chunk, chunks - 1 - chunk)].append((begin, count, 1))

@@ -11,7 +11,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -246,7 +248,7 @@ class Intersection(Mask):
         """The masks that are intersected."""
         return self.parts
 
-    @property
+    @cached_property
     def documents(self) -> Documents | None:
         """The terms' document boundaries, taken together."""
         merged: Documents | None = None
@@ -275,12 +277,12 @@ def _boundaries(name: str, given: Sequence | Tensor, may_be_empty: bool) -> Boun
         rows = [rows]
     for index, row in enumerate(rows):
         where = f"Documents: {name} of batch row {index}"
-        if not isinstance(row, Sequence) or len(row) < 2 or not all(isinstance(x, int) for x in row) or row[0] != 0:
+        if not isinstance(row, Sequence) or len(row) < 2 or not all(isinstance(x, Integral) for x in row) or row[0]:
             raise ValueError(f"{where} is {_short(row)}, expected integers that start at 0 and end at the length")
         for left, right in pairwise(row):
             if right < left or (right == left and not may_be_empty):
                 raise ValueError(f"{where} goes from {left} to {right}, expected increasing cumulative lengths")
-    return tuple(tuple(row) for row in rows)
+    return tuple(tuple(int(x) for x in row) for row in rows)
 
 
 def _short(row: object) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from seqpar.kernels import OutputGradient, accumulator_dtype
+from seqpar.kernels import OutputGradient, accumulator_dtype, kernel_named
 
 from . import registry, ring
 from .validation import admit
@@ -25,7 +25,8 @@ def attention_op(
     """out ``[B, T, H, Dv]`` in q's dtype, lse ``[B, H, T]`` in accumulator dtype."""
     found = registry.find(plan)
     backend = admit(found, q, k, v, sinks, scale, kernel)
-    partial = ring.forward(found, q, k, v, sinks, scale, backend)
+    with torch.autocast(q.device.type, enabled=False):
+        partial = ring.forward(found, q, k, v, sinks, scale, backend)
     return partial.out.to(q.dtype), partial.lse
 
 
@@ -44,11 +45,10 @@ def attention_backward_op(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks (empty without sinks), in their inputs' dtypes."""
-    found = registry.find(plan)
-    backend = admit(found, q, k, v, sinks, scale, kernel)
     grad = OutputGradient(out, lse, dout, dlse)
-    dq, dk, dv = ring.backward(found, grad, q, k, v, scale, backend)
-    dsinks = q.new_empty(0) if sinks is None else ring.sinks_gradient(grad, sinks).to(sinks.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv = ring.backward(registry.find(plan), grad, q, k, v, scale, kernel_named(kernel, q.device))
+        dsinks = q.new_empty(0) if sinks is None else ring.sinks_gradient(grad, sinks).to(sinks.dtype)
     copy = dk.dtype == k.dtype  # dk and dv are views of one message, which an operator may not return
     return dq.to(q.dtype), dk.to(k.dtype, copy=copy), dv.to(v.dtype, copy=copy), dsinks
 

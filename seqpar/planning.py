@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from .layouts import Layout, as_layout
 from .masks import Mask, Span
 from .schedules import Ring, resolve_schedule
 from .sharding import Held, gather_rows, select_rows
-from .validation import HeadShape
+from .validation import HeadShape, agree_once
 
 IGNORED_LABEL = -100
 Of = Literal["queries", "keys"]
@@ -45,7 +46,7 @@ def plan(
         length: global number of query tokens, at least one per rank.
         kv_length: global number of key tokens, in cross-attention.
         group: the ranks that share the sequence: a process group, a 1-D ``DeviceMesh``, a connected
-            :class:`seqpar.comm.World`, or None for one rank.
+            :class:`seqpar.comm.World`, or None for one rank (not for all there are).
         layout: ``contiguous``, ``zigzag``, ``striped``, ``document_zigzag``, another plan's ``.layout``, or sorted
             positions per rank (``Layout.explicit(queries, keys)`` in cross-attention).
         schedule: ``ring``, or a :class:`Ring` with options.
@@ -55,45 +56,31 @@ def plan(
         ValueError: the same on every rank, where the arguments are wrong on any of them or differ between ranks.
     """
     world = connect(group)
-    kv_length = length if kv_length is None else kv_length
-    made, refusal = None, None
+    fields: dict[str, object] = {}
+    work, told, refusal = None, HeadShape(), None
     try:
-        layout = as_layout(layout)
-        made = _make(mask, length, kv_length, layout, schedule, world, HeadShape.of(heads, head_dim, dtype))
-    except ValueError as error:
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
+        length = _tokens("length", length)
+        kv_length = length if kv_length is None else _tokens("kv_length", kv_length)
+        layout, schedule = as_layout(layout), resolve_schedule(schedule)
+        told = HeadShape.of(heads, head_dim, dtype)
+        fields = {"length": length, "kv_length": kv_length, "mask": _fingerprint(mask), "layout": _fingerprint(layout)}
+        fields |= {"schedule": schedule, "heads": told.heads, "head_dim": told.head_dim, "dtype": told.dtype}
+        work = itinerary(mask, layout, schedule, length, kv_length, world.size, world.rank)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         refusal = error
-    fields = {
-        "length": length,
-        "kv_length": kv_length,
-        "mask": _fingerprint(mask),
-        "layout": layout if isinstance(layout, str) else _fingerprint(layout),
-        "schedule": schedule,
-        "heads": heads,
-        "head_dim": head_dim,
-        "dtype": dtype,
-    }
     agree(world, "seqpar.plan", fields, refusal)
-    assert made is not None, "a refused plan was agreed on"
-    return made
+    assert work is not None, "a refused plan was agreed on"
+    assert isinstance(schedule, Ring), "the schedule was resolved"
+    identity = ", ".join(str(value) for value in fields.values())
+    return Plan(mask, length, kv_length or length, schedule, world, work, told, identity)
 
 
-def _make(
-    mask: Mask,
-    length: int,
-    kv_length: int,
-    layout: str | Layout,
-    schedule: str | Ring,
-    world: World,
-    told: HeadShape,
-) -> Plan:
-    if not isinstance(mask, Mask):
-        raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
-    for name, value in (("length", length), ("kv_length", kv_length)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected a positive number of tokens")
-    ring = resolve_schedule(schedule)
-    work = itinerary(mask, layout, ring, length, kv_length, world.size, world.rank)
-    return Plan(mask, length, kv_length, ring, world, work, told)
+def _tokens(name: str, value: object) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a positive number of tokens")
+    return int(value)
 
 
 class Plan:
@@ -104,17 +91,31 @@ class Plan:
         world: the ranks, with their byte meter: ``plan.world.meter``.
         work: this rank's itinerary.
         told: the ``heads``, ``head_dim`` and ``dtype`` given.
-        agreed: kinds of attention calls that all ranks have agreed on.
+        identity: what tells this plan from another, in words.
+        agreed: kinds of calls that all ranks have agreed on.
         handle: the number by which operators find this plan.
     """
 
     def __init__(
-        self, mask: Mask, length: int, kv_length: int, schedule: Ring, world: World, work: Itinerary, told: HeadShape
+        self,
+        mask: Mask,
+        length: int,
+        kv_length: int,
+        schedule: Ring,
+        world: World,
+        work: Itinerary,
+        told: HeadShape,
+        identity: str,
     ) -> None:
         self.mask, self.length, self.kv_length, self.schedule, self.world = mask, length, kv_length, schedule, world
-        self.work, self.told = work, told
+        self.work, self.told, self.identity = work, told, identity
         self.agreed: set[tuple] = set()
         self.handle = registry.register(self)
+        self._sent_rows: dict[torch.device, list[Tensor | None]] = {}
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        """Itself: a copied model shares the plan, as its layers do."""
+        return self
 
     @property
     def layout(self) -> Layout:
@@ -124,16 +125,20 @@ class Plan:
     def shard(self, x: Tensor, dim: int = 1, *, of: Of = "queries") -> Tensor:
         """This rank's tokens of a whole tensor that every rank holds; the gradient is gathered back."""
         held, total = self._held(of)
-        if x.shape[dim] != total:
-            raise ValueError(f"shard: got {x.shape[dim]} {of} along dim {dim}, expected {total}, the plan's number")
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != total:
+            raise ValueError(f"shard: got shape {tuple(x.shape)}, expected {total} {of} along dim {dim}, all of them")
+        if x.requires_grad and torch.is_grad_enabled():
+            agree_once(self, "seqpar.shard", _rest(x, dim))
         return select_rows(x, dim, held, self.world)
 
     def unshard(self, x: Tensor, dim: int = 1, *, of: Of = "queries") -> Tensor:
         """The whole tensor, in order and on every rank, from every rank's tokens; the gradient is sliced."""
         held, _ = self._held(of)
-        if x.shape[dim] != len(held[self.world.rank]):
-            expected = f"{len(held[self.world.rank])}, rank {self.world.rank}'s number"
-            raise ValueError(f"unshard: got {x.shape[dim]} {of} along dim {dim}, expected {expected}")
+        refusal, count = None, len(held[self.world.rank])
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != count:
+            expected = f"{count} {of} along dim {dim}, rank {self.world.rank}'s share"
+            refusal = ValueError(f"unshard: got shape {tuple(x.shape)}, expected {expected}; give what plan.shard gave")
+        agree_once(self, "seqpar.unshard", {} if refusal else _rest(x, dim), refusal)
         return gather_rows(x, dim, held, self.world)
 
     @cached_property
@@ -155,7 +160,8 @@ class Plan:
         if len(last) not in (1, len(tokens)):
             raise ValueError(f"tokens: got {len(tokens)} rows, expected {len(last)}, the rows of the plan's Documents")
         following = (here + 1).clamp(max=self.length - 1)
-        return tokens[:, following.to(tokens.device)].masked_fill(last.to(tokens.device), IGNORED_LABEL)
+        labels = tokens[:, following.to(tokens.device)].to(torch.int64)
+        return labels.masked_fill(last.to(tokens.device), IGNORED_LABEL)
 
     def traffic(
         self, batch: int, heads: int | tuple[int, int], head_dim: int | tuple[int, int], dtype: torch.dtype,
@@ -167,9 +173,9 @@ class Plan:
         """
         shape = HeadShape.of(heads, head_dim, dtype)
         assert shape.heads is not None, "heads are given"
-        assert shape.dims is not None, "head_dim is given"
+        assert shape.head_dim is not None, "head_dim is given"
         rank = self.world.rank if rank is None else rank
-        elements = batch * shape.heads[1] * sum(shape.dims)
+        elements = batch * shape.heads[1] * sum(shape.head_dim)
         moved, returned = (self.work.messages(rank, grads=grads) for grads in (False, True))
         kv = sum(moved) * elements * dtype.itemsize
         grads = sum(returned) * elements * self._grad_wire(dtype).itemsize
@@ -183,7 +189,11 @@ class Plan:
         """One pass of all ranks' K and V by this rank, in the order of ``work.blocks``."""
         args = self.world, k, v, self.work.arriving_rows, self._grad_wire(k.dtype)
         if self.work.exchange == "direct":
-            return DirectExchange(*args, send_rows=self.work.sent_rows)
+            if k.device not in self._sent_rows:
+                self._sent_rows[k.device] = [
+                    rows if rows is None else rows.to(k.device) for rows in self.work.sent_rows
+                ]
+            return DirectExchange(*args, send_rows=self._sent_rows[k.device])
         return RingExchange(*args)
 
     def _grad_wire(self, dtype: torch.dtype) -> torch.dtype:
@@ -202,5 +212,14 @@ class Plan:
 
 def _fingerprint(value: object) -> str:
     """Short, readable, and different for what differs."""
+    if isinstance(value, str):
+        return value
     content = value.content if isinstance(value, (Mask, Layout)) else value
     return f"{value!r:.200} [{hashlib.blake2b(repr(content).encode(), digest_size=4).hexdigest()}]"
+
+
+def _rest(x: Tensor, dim: int) -> dict[str, object]:
+    """What must be equal between ranks in a tensor whose tokens they share."""
+    dim %= x.dim()
+    others = (*x.shape[:dim], *x.shape[dim + 1 :])
+    return {"dim": dim, "other dims": others, "dtype": x.dtype, "device": x.device.type}

@@ -75,7 +75,7 @@ def assert_exact(results: list[dict[str, Tensor]], expected: dict[str, Tensor], 
 def test_every_mask_layout_and_world(mask: str, layout: str, world: int, dtype: torch.dtype) -> None:
     for heads in HEADS:
         inputs = tensors(MASKS[mask], HEADS[heads], dtype)
-        results = run_loopback(world, lambda w, i=inputs: attend(w, mask, layout, i))
+        results = run_loopback(world, attend, mask, layout, inputs)
         expected = oracle(mask, heads, dtype)
         assert_exact(results, expected, dict.fromkeys(expected, TOLERANCE[dtype]))
 
@@ -84,7 +84,7 @@ def test_every_mask_layout_and_world(mask: str, layout: str, world: int, dtype: 
 def test_bf16_within_pytorchs_own_error(mask: str, layout: str, world: int) -> None:
     for heads in HEADS:
         inputs = tensors(MASKS[mask], HEADS[heads], torch.bfloat16)
-        results = run_loopback(world, lambda w, i=inputs: attend(w, mask, layout, i))
+        results = run_loopback(world, attend, mask, layout, inputs)
         own = torch_bf16_errors(mask, heads)
         bound = {name: (2.0 if name == "out" else 3.0) * own[name] for name in own}
         assert_exact(results, oracle(mask, heads, torch.bfloat16), bound | {"lse": 1e-2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -78,6 +79,34 @@ def test_autocast_casts_as_sdpa_does() -> None:
         assert torch.autograd.grad(ours.sum(), x)[0].dtype == dtype
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_autocast_stays_outside(kernel: str) -> None:
+    """It casts the inputs, not what is computed of them; nor a backward that happens to run under it."""
+    plan = causal(6)
+    x = torch.randn(1, 6, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    plain = seqpar.attention_with_lse(x, x, x, plan, kernel=kernel)
+    (expected,) = torch.autograd.grad(plain.out.sum() + plain.lse.sum(), x, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = seqpar.attention_with_lse(x, x, x, plan, kernel=kernel)
+        (grad,) = torch.autograd.grad(plain.out.sum() + plain.lse.sum(), x)
+    assert torch.equal(out, plain.out)
+    assert torch.equal(lse, plain.lse)
+    assert torch.equal(grad, expected)
+
+
+def test_a_copied_model_shares_its_plan() -> None:
+    plan = causal(5)
+    assert copy.deepcopy({"plan": plan})["plan"] is plan
+
+
+def test_a_sink_of_minus_infinity_over_no_keys() -> None:
+    plan = seqpar.plan(seqpar.Causal(), length=4, kv_length=2)
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 2, 8)
+    sinks = torch.full((2,), -torch.inf, requires_grad=True)
+    (grad,) = torch.autograd.grad(seqpar.attention(q, k, k, plan, sinks=sinks).sum(), sinks)
+    assert torch.equal(grad, torch.zeros(2))
+
+
 def test_a_mesh_axis_is_a_group() -> None:
     for _, errors in run_gloo(4, on_mesh_axes):
         assert len(errors) == 1
@@ -104,6 +133,8 @@ def test_any_strides() -> None:
     plan = causal(11)
     q, k, v = torch.randn(3, 2, 4, 11, 16, dtype=torch.float64).transpose(2, 3)  # [B, H, T, D] underneath
     packed = torch.randn(2, 11, 3, 4, 16, dtype=torch.float64)
-    for tensors in ((q, k, v), packed.unbind(2)):
+    last = torch.randn(2, 11, 4, 16, 3, dtype=torch.float64)
+    expanded = torch.randn(2, 11, 4, 1, dtype=torch.float64).expand(-1, -1, -1, 16)
+    for tensors in ((q, k, v), packed.unbind(2), last.unbind(-1), [expanded] * 3):
         contiguous = [x.contiguous() for x in tensors]
         torch.testing.assert_close(seqpar.attention(*tensors, plan), seqpar.attention(*contiguous, plan))

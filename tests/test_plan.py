@@ -328,12 +328,16 @@ def test_ring_options_are_checked() -> None:
 def test_tensors_of_another_length_are_refused() -> None:
     plan = seqpar.plan(Causal(), length=8, kv_length=9)
     x = torch.zeros(1, 7)
-    with pytest.raises(ValueError, match="shard: got 7 queries along dim 1, expected 8, the plan's number"):
+    with pytest.raises(ValueError, match=r"shard: got shape \(1, 7\), expected 8 queries along dim 1, all of them"):
         plan.shard(x)
-    with pytest.raises(ValueError, match="shard: got 7 keys along dim 1, expected 9"):
+    with pytest.raises(ValueError, match=r"shard: got shape \(1, 7\), expected 9 keys along dim 1"):
         plan.shard(x, of="keys")
-    with pytest.raises(ValueError, match="unshard: got 7 queries along dim 1, expected 8, rank 0's number"):
+    with pytest.raises(
+        ValueError, match=r"unshard: got shape \(1, 7\), expected 8 queries along dim 1, rank 0's share; give what"
+    ):
         plan.unshard(x)
+    with pytest.raises(ValueError, match="shard: got shape"):
+        plan.shard(x, dim=2)
     with pytest.raises(ValueError, match="of: got 'values', expected 'queries' or 'keys'"):
         plan.shard(x, of="values")
     with pytest.raises(ValueError, match=r"tokens: got shape \(1, 7\), expected \[batch, 8\]; give whole rows"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.forward_ad import dual_level, make_dual
 
 import seqpar
 from seqpar.comm import World, run_loopback
@@ -84,9 +85,21 @@ DISAGREEMENTS: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     ),
     "layout": (lambda rank: {"layout": "striped" if rank else "zigzag"}, r"disagree on layout"),
     "schedule": (lambda rank: {"schedule": seqpar.Ring(grad_wire="bf16") if rank else "ring"}, r"disagree on schedule"),
-    "heads": (lambda rank: {"heads": 4 + rank}, r"disagree on heads: got 4 on rank 0, 5 on rank 1, 6 on rank 2"),
+    "heads": (lambda rank: {"heads": 4 + rank}, r"disagree on heads: got \(4, 4\) on rank 0, \(5, 5\) on rank 1"),
     "dtype": (lambda rank: {"dtype": torch.half if rank else torch.bfloat16}, r"disagree on dtype"),
     "refused on one rank": (lambda rank: {"length": 8 if rank else 0}, r"^rank 0: length: got 0, expected a positive"),
+}
+
+WRONG_TYPES: Cases = {
+    "no tensor": ({"k": [1.0]}, r"k: got list, expected a dense tensor; convert it"),
+    "sparse": ({"q": X.to_sparse()}, r"q: got a torch.sparse_coo tensor, expected a dense tensor"),
+    "no dims": ({"q": torch.tensor(1.0)}, r"q: got shape \(\), expected 4 dims"),
+    "no head_dim": ({name: X[..., :0] for name in "qkv"}, r"q, v: got head_dim 0 and 0, expected at least 1"),
+    "scale": ({"scale": "x"}, r"scale: got 'x', expected a finite number"),
+    "infinite scale": ({"scale": float("inf")}, r"scale: got inf, expected a finite number"),
+    "learnable scale": ({"scale": torch.tensor(1.0)}, r"scale: got tensor\(1.\), .* a learnable scale belongs into q"),
+    "sinks": ({"sinks": [0.0] * 4}, r"sinks: got list, expected a dense tensor"),
+    "kernel": ({"kernel": 3}, r"kernel: got 3, expected one of auto, reference, cpu"),
 }
 
 DISAGREEING_CALLS: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
@@ -96,6 +109,11 @@ DISAGREEING_CALLS: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     "scale": (lambda rank: {"scale": 1.0 + (rank == 2)}, r"disagree on scale: got 1.0 on ranks 0, 1, 2.0 on rank 2"),
     "sinks": (lambda rank: {"sinks": torch.zeros(4) if rank else None}, r"disagree on sinks"),
     "kernel": (lambda rank: {"kernel": "cpu" if rank else "reference"}, r"disagree on kernel"),
+    "plan": (lambda rank: {"plan": seqpar.Full() if rank else seqpar.Causal()}, r"disagree on plan: got .* on rank 0"),
+    "requires_grad": (
+        lambda rank: {"q": X.clone().requires_grad_(rank == 0)},
+        r"disagree on (call|requires_grad): got .* on rank 0",
+    ),
     "refused on one rank": (lambda rank: {"k": X[:, :7]} if rank == 1 else {}, r"^rank 1: k: got 7 tokens, expected"),
 }
 
@@ -121,6 +139,36 @@ def test_plan_refuses(case: str, world: int) -> None:
 def test_attention_refuses(case: str, world: int) -> None:
     arguments, pattern = CALLS[case]
     assert_refused(run_loopback(world, attend_wrongly, X, lambda rank: arguments), pattern)
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_one_rank_with_something_else_altogether(case: str) -> None:
+    arguments, pattern = WRONG_TYPES[case]
+    messages = run_loopback(3, attend_wrongly, X, lambda rank: arguments if rank == 1 else {})
+    assert_refused(messages, r"^rank 1: " + pattern)
+
+
+@pytest.mark.parametrize(
+    "case", [{"heads": 3.5}, {"length": "8"}, {"layout": 5}, {"layout": [["a"], [0], [1]]}], ids=str
+)
+def test_one_rank_that_plans_nonsense(case: dict[str, Any]) -> None:
+    assert_refused(run_loopback(3, plan_wrongly, lambda rank: case if rank == 2 else {}), r"^rank 2: .*expected")
+
+
+def test_ranks_that_unshard_different_tensors() -> None:
+    def job(world: World) -> str:
+        plan = seqpar.plan(seqpar.Causal(), length=9, group=world)
+        with pytest.raises(ValueError, match=r"seqpar\.unshard: ranks disagree on dtype") as caught:
+            plan.unshard(torch.zeros(1, 3, dtype=torch.half if world.rank else torch.bfloat16))
+        return str(caught.value)
+
+    assert len(set(run_loopback(3, job))) == 1
+
+
+def test_forward_mode_is_refused() -> None:
+    plan = seqpar.plan(seqpar.Full(), length=8)
+    with dual_level(), pytest.raises(ValueError, match="q: got a forward-mode tangent, expected none"):
+        seqpar.attention(make_dual(X, torch.ones_like(X)), X, X, plan)
 
 
 @pytest.mark.parametrize("case", DISAGREEMENTS)
@@ -159,8 +207,8 @@ def test_a_later_call_is_checked_too() -> None:
 def test_a_plan_refuses_other_tensors_than_it_was_told() -> None:
     x = torch.zeros(1, 8, 4, 8)
     for told, pattern in (
-        ({"heads": (4, 2)}, r"heads: got \(4, 4\), expected \(4, 2\), as the plan was told"),
-        ({"head_dim": (8, 16)}, r"dims: got \(8, 8\), expected \(8, 16\)"),
+        ({"heads": (4, 2)}, r"heads: got \(4, 4\), expected \(4, 2\), which the plan was told; make a plan"),
+        ({"head_dim": (8, 16)}, r"head_dim: got \(8, 8\), expected \(8, 16\)"),
         ({"dtype": torch.bfloat16}, r"dtype: got torch.float32, expected torch.bfloat16"),
     ):
         with pytest.raises(ValueError, match=pattern):
@@ -192,7 +240,7 @@ def test_a_plan_refuses_other_tensors_than_it_was_told() -> None:
         (lambda: seqpar.attention(X, X, X, None), r"plan: got NoneType, expected the result of seqpar.plan"),
         (
             lambda: seqpar.attention([1.0], X, X, seqpar.plan(seqpar.Full(), length=8)),
-            r"q: got list, expected a tensor",
+            r"q: got list, expected a dense tensor; convert it",
         ),
     ],
 )

@@ -159,8 +159,8 @@ def exchange(
         sent = [torch.tensor(kept_rows(world.rank, reader), dtype=torch.int64) for reader in range(world.size)]
         made = DirectExchange(world, k, v, arriving, grad_wire, [None if len(x) == len(k[0]) else x for x in sent])
     steps = []
-    for step, keys in enumerate(made):
-        steps.append((keys.k.clone(), keys.v.clone()))
+    for step, (key, value) in enumerate(made):
+        steps.append((key.clone(), value.clone()))
         owner = (world.rank - step) % world.size
         message = gradient(world.rank, owner, arriving[owner])
         made.give_back(KeyValues.carve(message, k, v, arriving[owner]))

@@ -29,9 +29,12 @@ def attend_wrongly(world: World, x: Tensor, arguments: Arguments) -> str | None:
     """The message of the ValueError that ``seqpar.attention`` raises, None if it raises none."""
     plan = seqpar.plan(seqpar.Causal(), length=x.shape[1], group=world)
     given = arguments(world.rank)
-    tensors = [_local(plan, given.get(name, x), x) for name in "qkv"]
+    options = {name: value for name, value in given.items() if name in ("scale", "sinks", "kernel")}
     try:
-        seqpar.attention(*tensors, plan, **{name: value for name, value in given.items() if name not in "qkv"})
+        if "plan" in given:  # all agree on a plan each, and then use different ones
+            plans = [seqpar.plan(mask, length=x.shape[1], group=world) for mask in (seqpar.Full(), seqpar.Causal())]
+            plan = plans[given["plan"] == seqpar.Causal()]
+        seqpar.attention(*[_local(plan, given.get(name, x), x) for name in "qkv"], plan, **options)
     except ValueError as error:
         assert set(world.meter.by_kind) <= {"agree"}, "something was sent before the refusal"
         return str(error)
@@ -55,7 +58,13 @@ def refusal(world: World, what: str) -> str | None:
     return attend_wrongly(world, x, lambda rank: {name: x.to(half[rank]) for name in "qkv"})
 
 
-def _local(plan: seqpar.Plan, given: Tensor, whole: Tensor) -> Tensor:
+def _local(plan: seqpar.Plan, given: Any, whole: Tensor) -> Any:
     """This rank's tokens of ``given``, which is left as it is where it does not have the plan's length."""
-    fits = given.dim() == 4 and given.shape[1] == whole.shape[1] and given.device == whole.device
+    fits = (
+        isinstance(given, Tensor)
+        and not given.is_sparse
+        and given.dim() == 4
+        and given.shape[1] == whole.shape[1]
+        and given.device == whole.device
+    )
     return plan.shard(given) if fits else given

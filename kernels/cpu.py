@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class CpuKernel:
             key, value = (x[batch, piece.keys, kv_heads].transpose(1, 2) for x in (k, v))
             mask = _additive_mask(intervals, batch, heads, piece, q.dtype)
             out, lse = _flash(query, key, value, 0.0, piece.kind == "causal", attn_mask=mask, scale=scale)
-            if mask is not None:
-                lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)  # PyTorch reports 0 for empty rows
+            if mask is not None:  # PyTorch reports an lse of 0 for rows without keys
+                lse = lse.masked_fill(_empty_rows(intervals, batch, heads, piece), -torch.inf)
             out = out.transpose(1, 2)[..., :value_dim]
             if partial is None:
                 if out.shape[:3] == whole.shape[:3] and out.is_contiguous() and out.dtype == lse.dtype:
@@ -134,10 +134,23 @@ def _calls(intervals: Intervals, q: Tensor, k: Tensor) -> Iterator[tuple[slice, 
 
 
 def _additive_mask(intervals: Intervals, batch: slice, heads: slice, piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    """0 for the pairs of a masked piece that are in the intervals, ``-inf`` for the others, ``[1, 1, rows, keys]``."""
+    """0 for the pairs of a masked piece that are in the intervals, ``-inf`` for the others, ``[rows, keys]``."""
     if piece.kind != "masked":
         return None
-    start, end = (x[batch, heads, piece.rows].unsqueeze(-1) for x in (intervals.start, intervals.end))
-    key = torch.arange(piece.keys.start, piece.keys.stop, dtype=torch.int32)
-    mask = torch.zeros(*start.shape[:-1], len(key), dtype=dtype)
-    return mask.masked_fill_((key < start) | (key >= end), -torch.inf)
+    bounds = (x[batch, heads, piece.rows].flatten() - piece.keys.start for x in (intervals.start, intervals.end))
+    start, end = (bound.numpy().tobytes() for bound in bounds)
+    return _mask_of(start, end, piece.keys.stop - piece.keys.start, dtype)
+
+
+def _empty_rows(intervals: Intervals, batch: slice, heads: slice, piece: Piece) -> Tensor:
+    """The rows of a masked piece that see none of its keys, ``[1, 1, rows]``."""
+    start, end = (x[batch, heads, piece.rows] for x in (intervals.start, intervals.end))
+    return end.clamp(max=piece.keys.stop) <= start.clamp(min=piece.keys.start)
+
+
+@lru_cache(maxsize=8)
+def _mask_of(start: bytes, end: bytes, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """The tiles along a window have all the same mask, which takes longer to build than to use."""
+    low, high = (torch.frombuffer(bytearray(x), dtype=torch.int32).unsqueeze(1) for x in (start, end))
+    key = torch.arange(num_keys, dtype=torch.int32)
+    return torch.zeros(len(low), num_keys, dtype=dtype).masked_fill_((key < low) | (key >= high), -torch.inf)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-TILE_ROWS = 256
+TILE_ROWS = 192
 CALL_PAIRS = 1024  # a kernel call costs about as much as this many query-key pairs
 MASKED_PAIRS = 1 << 20  # the largest mask worth building: beyond it, only ragged edges are masked
 

@@ -120,9 +120,15 @@ def itinerary(
         keys = layout.keys[source]
         if exchange == "direct" and source != rank:
             keys = keys.within(segments[rank])
-        start, end = (keys.count_below(bound).to(torch.int32).unsqueeze(1) for bound in (lo, hi))
-        blocks.append(Block(source, keys, Intervals(start, end), pairs=int((end - start).sum())))
+        start, end = keys.count_below(lo), keys.count_below(hi)
+        intervals = Intervals(_per_query(start), _per_query(end))
+        blocks.append(Block(source, keys, intervals, pairs=int(end.sum() - start.sum())))
     return Itinerary(rank, layout, tuple(blocks), exchange, needed, torch.stack(pairs), tuple(segments))
+
+
+def _per_query(bound: Tensor) -> Tensor:
+    """``[rows, T]`` as kernels want it: int32 ``[rows, 1, T]``, the same for all heads."""
+    return bound.to(torch.int32).unsqueeze(1)
 
 
 def _rows_needed(keys: tuple[Positions, ...], segments: list[Tensor]) -> Tensor:

@@ -43,8 +43,8 @@ class Mask(ABC):
         return (self,)
 
     @abstractmethod
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
-        """``lo, hi`` of each ``query``, all in its document's coordinates; not yet clipped to the document's keys."""
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
+        """``lo, hi`` of each ``query`` in its document's coordinates, not yet clipped to its keys; ``lo`` may be 0."""
 
     @property
     def documents(self) -> Documents | None:
@@ -81,7 +81,8 @@ class Mask(ABC):
         lo, hi = torch.zeros_like(query), span.num_keys
         for term in self.terms:
             term_lo, term_hi = term.rule(local, span.num_queries, span.num_keys)
-            lo, hi = torch.clamp(lo, min=term_lo), torch.clamp(hi, max=term_hi)
+            lo = lo if isinstance(term_lo, int) else torch.maximum(lo, term_lo)
+            hi = torch.minimum(hi, term_hi)
         empty = hi <= lo
         lo, hi = lo + span.first_key, hi + span.first_key
         if bool(empty.any()):
@@ -94,7 +95,7 @@ class Mask(ABC):
 class Full(Mask):
     """Every query sees every key."""
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
         return 0, num_keys
 
@@ -103,7 +104,7 @@ class Full(Mask):
 class Causal(Mask):
     """A query sees the keys up to its own position."""
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
         return 0, query + (num_keys - num_queries) + 1
 
@@ -122,7 +123,7 @@ class SlidingWindow(Mask):
         for name in ("left", "right"):
             _check_int(f"SlidingWindow({name}=)", getattr(self, name), least=-1, remedy="-1 means unlimited")
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
         key = query + (num_keys - num_queries)
         return (0 if self.left < 0 else key - self.left), (num_keys if self.right < 0 else key + self.right + 1)
@@ -137,7 +138,7 @@ class PrefixLM(Mask):
     def __post_init__(self) -> None:
         _check_int("PrefixLM(prefix=)", self.prefix, least=0, remedy="0 is plain causal")
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
         return 0, (query + (num_keys - num_queries) + 1).clamp(min=self.prefix)
 
@@ -151,7 +152,7 @@ class Chunked(Mask):
     def __post_init__(self) -> None:
         _check_int("Chunked(size=)", self.size, least=1, remedy="size is in tokens")
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
         key = query + (num_keys - num_queries)
         chunk = key.div(self.size, rounding_mode="floor") * self.size
@@ -192,7 +193,7 @@ class Documents(Mask):
         rows = [f"{len(row) - 1} of {row[-1]}" for row in self.queries]
         return f"Documents({', '.join(rows[:4])}{', ...' if len(rows) > 4 else ''} tokens)"
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
         return 0, num_keys
 
@@ -257,7 +258,7 @@ class Intersection(Mask):
                 merged = term if merged is None else merged.refine(term)
         return merged
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """Not used: an intersection is its terms."""
         raise AssertionError("an intersection's terms are evaluated one by one")
 

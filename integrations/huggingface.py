@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import seqpar
+from seqpar.validation import ATTENTION, agree_once
 
 NAME = "seqpar"
 """What `attn_implementation` is called after `register()`."""
@@ -31,7 +32,6 @@ _BYSTANDERS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "position_embeddings",
-        "position_ids",
         "return_dict",
         "use_cache",
     }
@@ -68,6 +68,7 @@ def attention_forward(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention over this rank's tokens, called by the model's layers.
@@ -97,15 +98,52 @@ def attention_forward(
     for name, given in others.items():
         if given is not None and given is not False and name not in _BYSTANDERS:
             raise ValueError(_unexpected(name, _short(given), "leave it out, or use another attn_implementation"))
+    if getattr(module, "layer_idx", 0) == 0:
+        _check_model(getattr(module, "config", None), seqpar_plan, position_ids)
     out = seqpar.attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seqpar_plan, scale=scaling, sinks=s_aux
     )
     return out, None
 
 
+# Layers that look at other tokens through attention alone.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+# Rotary embeddings whose frequencies depend on the longest position that a call sees: here, on one rank's tokens.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def _check_model(config: Any, plan: seqpar.Plan, position_ids: Tensor | None) -> None:
+    """Raise ValueError, on every rank, where a model would mix or place tokens as if a rank's were all there are."""
+    try:
+        if plan.kv_length == plan.length and position_ids is not None:
+            expected = plan.position_ids.to(position_ids.device)
+            if position_ids.shape[-1:] != expected.shape[-1:] or bool((position_ids != expected).any()):
+                got = "other position_ids than the plan's (a model that gets none counts from 0 on every rank)"
+                raise ValueError(f"seqpar attention got {got}; expected those: pass position_ids=plan.position_ids")
+        if plan.world.size == 1:
+            return
+        layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+        if layers:
+            named = ", ".join(sorted(layers))
+            raise ValueError(
+                f"seqpar attention got a model with {named} layers, expected attention alone: other layers would see "
+                "one rank's tokens only; use one rank"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        ropes = (rope, *rope.values())
+        kinds = {str(r.get("rope_type")) for r in ropes if isinstance(r, Mapping)} & _LENGTH_DEPENDENT_ROPE
+        if kinds:
+            raise ValueError(
+                f"seqpar attention got a model with rope_type {', '.join(sorted(kinds))}, expected frequencies that do "
+                "not depend on the length of a call: set another rope_type in its config, or use one rank"
+            )
+    except ValueError as error:
+        agree_once(plan, ATTENTION, {}, error)
+
+
 def _has_window(plan: Any, window: int) -> bool:
     lefts = [term.left for term in plan.mask.terms if isinstance(term, seqpar.SlidingWindow)]
-    return window - 1 in lefts or (not lefts and window >= plan.length)
+    return window - 1 in lefts or (not lefts and window >= plan.kv_length)
 
 
 def _unexpected(name: str, got: object, remedy: str = "say it in the plan's mask instead") -> str:

@@ -13,18 +13,20 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks
 from .errors import RunError
-from .manifest import checkpoints, last_whole, name_of, read_manifest, step_of, write_manifest
+from .manifest import checkpoints, last_whole, name_of, read_manifest, step_of, whole_checkpoints, write_manifest
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    directory: seen by all ranks. identity: what a run must share with the checkpoint it continues, by name. keep: how
-    many to keep.
+    directory: seen by all ranks. identity: what a run must share with the checkpoint it continues, by name. options:
+    what it may change, which is then said. keep: how many to keep.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any], keep: int, ranks: Ranks) -> None:
-        self.directory, self.identity, self.keep, self.ranks = directory, identity, keep, ranks
+    def __init__(
+        self, directory: Path, identity: dict[str, Any], options: dict[str, Any], keep: int, ranks: Ranks
+    ) -> None:
+        self.directory, self.identity, self.options, self.keep, self.ranks = directory, identity, options, keep, ranks
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Save the state after `step` steps; raises RunError where it can't be written, and keeps the earlier ones."""
@@ -37,12 +39,16 @@ class Checkpoints:
 
         def finish() -> str:
             try:
-                write_manifest(partial, {"step": step, "ranks": self.ranks.size, **self.identity})
+                write_manifest(
+                    partial, {"step": step, "ranks": self.ranks.size, "options": self.options, **self.identity}
+                )
                 if final.exists():
                     shutil.rmtree(final)
                 partial.rename(final)
-                for old in checkpoints(self.directory)[self.keep :]:
-                    shutil.rmtree(old)
+                kept = whole_checkpoints(self.directory)[: self.keep]
+                for old in checkpoints(self.directory):
+                    if old not in kept:
+                        shutil.rmtree(old)
             except OSError as error:
                 raise RunError(self._failed(final, str(error))) from error
             return ""
@@ -60,9 +66,12 @@ class Checkpoints:
         Raises ValueError where there is none, or where it belongs to a different run, naming the field.
         """
         path = Path(self.ranks.on_rank0(self._choose))
+        mine = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         parameters, moments = get_state_dict(model, optimizer)
         dcp.load({"model": parameters, "optimizer": moments}, checkpoint_id=path)
         set_state_dict(model, optimizer, model_state_dict=parameters, optim_state_dict=moments)
+        for group, settings in zip(optimizer.param_groups, mine, strict=True):
+            group.update(settings)  # this run's, not the checkpoint's
         return step_of(path)
 
     def _choose(self) -> str:
@@ -75,6 +84,13 @@ class Checkpoints:
                 raise ValueError(
                     f"checkpoint {path} was made with {name} {manifest.get(name)}, this run has {mine}; "
                     f"expected the same: give the same {name}, or start anew with another --out"
+                )
+        before = manifest.get("options", {})
+        for name in sorted(self.options.keys() & before.keys()):
+            if self.options[name] != before[name]:
+                option = name.replace("_", "-")
+                print(
+                    f"seqpar train: --{option} is {self.options[name]} from here on; it was {before[name]}", flush=True
                 )
         return str(path)
 

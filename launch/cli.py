@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -135,7 +136,9 @@ def _advice(out: Path, argv: Sequence[str]) -> str:
     if checkpoint is None:
         return "no checkpoint was saved yet"
     options = [argument for argument in argv if argument != "--resume"]
-    command = " ".join(["seqpar train", *options, *([] if "--out" in options else ["--out", str(out)]), "--resume"])
+    command = shlex.join(
+        ["seqpar", "train", *options, *([] if "--out" in options else ["--out", str(out)]), "--resume"]
+    )
     return f"last whole checkpoint: {checkpoint} (step {step_of(checkpoint)}); resume with: {command}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
     },
 }
-"""Llama shapes with grouped-query attention: about 0.1M, 1.7M, 80M and 1.2B parameters."""
+"""Llama shapes with grouped-query attention: about 0.1M, 1.7M, 76M and 1.1B parameters."""
 
 
 class OptionError(ValueError):
@@ -55,11 +56,11 @@ class TrainConfig:
     data: tuple[Path, ...] = ()
     """Text files, or folders that are searched for them. Default: the sources of Python's standard library."""
     suffixes: tuple[str, ...] = ()
-    """Take only files of the folders that end so, such as .py .md. Default: every file that is UTF-8 text."""
+    """Take only files that end so, such as .py .md, of the folders. Default: every file that is UTF-8 text."""
     model: Path | None = None
     """A local Hugging Face checkpoint with its tokenizer. Default: a preset's shape with random weights, and bytes."""
-    preset: Literal["tiny", "small", "base", "large"] = "small"
-    """Shape of the model where --model is not given."""
+    preset: Literal["tiny", "small", "base", "large"] | None = None
+    """Shape of the model where --model is not given. Default: small."""
 
     seq_len: int = 2048
     """Tokens in one row, over all ranks that share it; needs no divisibility."""
@@ -90,8 +91,8 @@ class TrainConfig:
     """Which rank holds which tokens."""
     mask: Literal["causal", "window"] = "causal"
     """Who attends to whom inside a document: all earlier tokens, or the last --window of them."""
-    window: int = 1024
-    """Tokens that a query sees with --mask window, itself included."""
+    window: int | None = None
+    """Tokens that a query sees with --mask window, itself included. Default: 1024."""
     checkpoint_activations: Literal["none", "full", "selective"] = "none"
     """Recompute layers in the backward: none, all of them, or all but their attention and its communication."""
 
@@ -123,26 +124,41 @@ class TrainConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "steps", "window", "eval_batches", "keep", "nproc"):
+        for name in ("seq_len", "batch_size", "steps", "eval_batches", "keep", "nproc"):
             _at_least(1, name, getattr(self, name))
         for name in ("warmup", "eval_every", "save_every", "sample_tokens", "weight_decay", "grad_clip", "seed"):
             _at_least(0, name, getattr(self, name))
-        for name in ("sp", "threads"):
+        for name in ("sp", "threads", "window"):
             if getattr(self, name) is not None:
                 _at_least(1, name, getattr(self, name))
-        for name in ("lr", "timeout"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"--{name} is {getattr(self, name)}; expected a positive number")
+        for name, most in (("lr", 1e3), ("timeout", 1e6)):
+            if not 0 < getattr(self, name) <= most:
+                raise OptionError(f"--{name} is {getattr(self, name)}; expected a positive number, at most {most:g}")
+        for name in ("weight_decay", "grad_clip"):
+            if not math.isfinite(getattr(self, name)):
+                option = name.replace("_", "-")
+                raise OptionError(f"--{option} is {getattr(self, name)}; expected a finite number, 0 to switch it off")
+        if self.seed >= 2**63:
+            raise OptionError(f"--seed is {self.seed}; expected less than 2**63")
         if self.model is not None and not (self.model / "config.json").is_file():
             raise OptionError(
                 f"--model {self.model} holds no config.json; name the folder of a Hugging Face checkpoint"
             )
+        if self.window is not None and self.mask != "window":
+            raise OptionError(f"--window {self.window} got --mask {self.mask}; only --mask window has one: add it")
+        if self.preset is not None and self.model is not None:
+            raise OptionError(f"--preset {self.preset} got --model too; the model has its shape: drop one of them")
         if self.resume and self.out is None:
             raise OptionError("--resume got no --out; expected the folder of the run to continue")
         if self.schedule != "ring" and self.exchange != "auto":
             raise OptionError(
                 f"--exchange {self.exchange} got --schedule {self.schedule}; only the ring has them: drop --exchange"
             )
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens that a query sees at most, itself included, where the mask is a window."""
+        return 1024 if self.window is None else self.window
 
     def sequence_ranks(self, world_size: int) -> int:
         """Ranks that share one sequence among `world_size`. Raises ValueError where the numbers don't fit together."""

@@ -45,11 +45,11 @@ class Ranks:
         first = self.mesh["dp"].get_local_rank() * share
         return whole[first : first + share]
 
-    def agree(self, fields: Mapping[str, object]) -> None:
-        """Raise ValueError on every rank where some rank has another value, naming the field and the ranks."""
+    def agree(self, fields: Mapping[str, object], refusal: ValueError | None = None) -> None:
+        """Raise ValueError on every rank where some rank has another value or a refusal, naming field and ranks."""
         named = list(fields.items())
-        for first in range(0, len(named), _AT_ONCE):
-            comm.agree(self.everyone, "options and data", dict(named[first : first + _AT_ONCE]))
+        for first in range(0, max(1, len(named)), _AT_ONCE):
+            comm.agree(self.everyone, "options and data", dict(named[first : first + _AT_ONCE]), refusal)
 
     def from_rank0(self, value: int) -> int:
         """Rank 0's value, on every rank."""

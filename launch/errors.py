@@ -24,6 +24,8 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         # gloo says where in its source, then what happened, then advice.
         reason = re.sub(r"^\[[^]]*\] *", "", _line(error)).split(". This ")[0]
         return f"lost another rank, which ended or no longer answers ({reason}); its own output says why", FAILED
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return f"{_line(error)}; free space or mend the folder, then --resume", FAILED
     if isinstance(error, MemoryError):
         return f"out of memory ({_line(error)}); use more ranks, or --checkpoint-activations full", FAILED
     return None

@@ -57,6 +57,19 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory that are whole, newest first."""
+    return [path for path in checkpoints(directory) if _is_whole(path)]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except ValueError:
+        return False
+    return True
+
+
 def last_whole(directory: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
     """The newest whole checkpoint, or None; `report` gets a line about each newer one that isn't whole."""
     for path in checkpoints(directory):

@@ -75,7 +75,7 @@ def model_config(config: TrainConfig) -> PretrainedConfig:
     from transformers import AutoConfig, LlamaConfig
 
     if config.model is None:
-        preset = PRESETS[config.preset]
+        preset = PRESETS[config.preset or "small"]
         return LlamaConfig(
             **preset,
             initializer_range=preset["hidden_size"] ** -0.5,

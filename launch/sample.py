@@ -18,9 +18,16 @@ TEMPERATURE = 0.8
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompt: list[int], number: int, *, vocabulary: int, seed: int, ranks: Ranks
+    model: PreTrainedModel,
+    prompt: list[int],
+    number: int,
+    *,
+    mask: seqpar.Mask,
+    vocabulary: int,
+    seed: int,
+    ranks: Ranks,
 ) -> list[int]:
-    """`number` tokens after the prompt, the same on every rank; all ranks must call it.
+    """`number` tokens after the prompt under `mask`, the same on every rank; all ranks must call it.
 
     Every rank computes the whole text, with a key-value cache, while parameters are gathered a layer at a time: no
     rank ever holds the whole model. Tokens from `vocabulary` on (padding of the embedding) are never chosen.
@@ -29,11 +36,11 @@ def generate(
 
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # keeps every key: the mask says which are seen
     step, past, chosen = prompt, 0, []
     for _ in range(number):
         tokens = torch.tensor([step], device=ranks.device)
-        plan = seqpar.plan(seqpar.Causal(), length=len(step), kv_length=past + len(step), group=None)
+        plan = seqpar.plan(mask, length=len(step), kv_length=past + len(step), group=None)
         positions = torch.arange(past, past + len(step), device=ranks.device)[None]
         outputs = model(
             input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, seqpar_plan=plan

@@ -36,6 +36,8 @@ PROMPT_TOKENS = 64
 """Tokens of held-out text that the sample continues."""
 
 _KINDS = ("kv", "grad", "gather", "reduce", "agree")
+# Options that a continued run may change, and that change what it computes.
+_MAY_CHANGE = ("steps", "lr", "warmup", "weight_decay", "grad_clip", "dtype")
 # Options that may differ between ranks without changing what is computed; data and model are compared by content.
 _OF_ONE_RANK = ("nproc", "threads", "out", "debug", "timeout", "data", "model")
 
@@ -45,19 +47,33 @@ def run(config: TrainConfig, place: Place) -> None:
     huggingface.register()
     with connected(config, place) as ranks:
         out = Path(ranks.on_rank0(lambda: str(prepare(config))))
-        text = load_text(config)
-        corpus = load_corpus(
-            find_documents(config.data, config.suffixes),
-            text.encode,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
-        shape = model_config(config)
         options = {name: value for name, value in config.as_dict().items() if name not in _OF_ONE_RANK}
+        try:
+            text, corpus, shape = _read(config)
+        except ValueError as error:  # the other ranks must hear of it
+            ranks.agree({}, refusal=error)
+            raise
         identity = _identity(config, corpus, shape)
         ranks.agree({**options, **identity})
         _Run(config, ranks, out, text, corpus, shape, identity).train()
+
+
+def _read(config: TrainConfig) -> tuple[Text, Corpus, PretrainedConfig]:
+    """Tokenizer, data and the model's shape. Raises ValueError where they cannot be read or do not fit together."""
+    text, shape = load_text(config), model_config(config)
+    if text.vocabulary > shape.vocab_size:
+        raise ValueError(
+            f"--model {config.model}: got a tokenizer of {text.vocabulary} tokens and an embedding of "
+            f"{shape.vocab_size}, expected one for each; resize the model's embedding, or use its own tokenizer"
+        )
+    corpus = load_corpus(
+        find_documents(config.data, config.suffixes),
+        text.encode,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return text, corpus, shape
 
 
 class _Run:
@@ -82,7 +98,8 @@ class _Run:
         self.optimizer = _optimizer(self.model, config)
         if ranks.rank == 0:
             remove_partial(out / CHECKPOINTS)
-        self.checkpoints = Checkpoints(out / CHECKPOINTS, identity, config.keep, ranks)
+        changeable = {name: value for name, value in config.as_dict().items() if name in _MAY_CHANGE}
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, identity, changeable, config.keep, ranks)
         self.done = self.checkpoints.load(self.model, self.optimizer) if config.resume else 0
         self.report = Report(out, config.steps, self.done, is_rank0=ranks.rank == 0)
 
@@ -122,11 +139,13 @@ class _Run:
         if self.done:
             line(f"resumed after step {self.done}")
 
+    def _mask(self) -> seqpar.Mask:
+        return seqpar.Causal() if self.config.mask == "causal" else seqpar.SlidingWindow(self.config.window_tokens - 1)
+
     def _plan(self, batch: Batch) -> seqpar.Plan:
         config = self.config
-        causal = seqpar.Causal() if config.mask == "causal" else seqpar.SlidingWindow(config.window - 1, 0)
         return seqpar.plan(
-            causal & seqpar.Documents(batch.cu_seqlens),
+            self._mask() & seqpar.Documents(batch.cu_seqlens),
             length=config.seq_len,
             group=self.ranks.sequence,
             layout=config.layout,
@@ -158,14 +177,18 @@ class _Run:
         paused = time.perf_counter()
         verified = self._verify(index, loss.item()) if config.verify and index == self.done else None
         paused = time.perf_counter() - paused
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        total_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        norm = float(total_norm.full_tensor() if isinstance(total_norm, DTensor) else total_norm)
+        if not math.isfinite(loss.item() + norm):
+            raise RunError(
+                f"step {index + 1} has loss {loss.item()} and gradient norm {norm}, expected finite numbers; "
+                "its update was not made: lower --lr or raise --warmup, and --resume"
+            )
         rate = learning_rate(config, index)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not math.isfinite(loss.item()):
-            raise RunError(f"the loss of step {index + 1} is {loss.item()}; lower --lr, or raise --warmup")
         tokens, memory, traffic = self._figures(int(count))
         seconds = time.perf_counter() - began - paused
         return Step(
@@ -176,7 +199,7 @@ class _Run:
             tokens_per_second=tokens / seconds,
             bytes_sent=sum(traffic.values()),
             bytes_by_kind=traffic,
-            grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            grad_norm=norm,
             lr=rate,
             peak_memory_bytes=memory,
             verified=verified,
@@ -243,6 +266,7 @@ class _Run:
             self.model,
             prompt,
             self.config.sample_tokens,
+            mask=self._mask(),
             vocabulary=self.text.vocabulary,
             seed=self.config.seed,
             ranks=self.ranks,
@@ -277,11 +301,7 @@ def _identity(config: TrainConfig, corpus: Corpus, shape: PretrainedConfig) -> d
         "seed": config.seed,
         "seq_len": config.seq_len,
         "batch_size": config.batch_size,
-        "mask": config.mask if config.mask == "causal" else f"window of {config.window}",
+        "mask": config.mask if config.mask == "causal" else f"window of {config.window_tokens}",
         "data": f"{corpus.train.digest()}-{corpus.held_out.digest()}",
-        **{
-            f"model {name}": value
-            for name, value in sorted(shape.to_dict().items())
-            if isinstance(value, int | float | str) and name not in generic
-        },
+        **{f"model {name}": value for name, value in sorted(shape.to_dict().items()) if name not in generic},
     }

@@ -80,7 +80,7 @@ def reference_step(model: nn.Module, batch: Batch, config: TrainConfig) -> tuple
     total = 0.0
     for document in batch.documents():
         if document.shape[1] > 1:
-            mask = _window_mask(document.shape[1], config.window) if config.mask == "window" else None
+            mask = _window_mask(document.shape[1], config.window_tokens) if config.mask == "window" else None
             logits = model(input_ids=document, attention_mask=mask, use_cache=False).logits
             loss = F.cross_entropy(logits[0, :-1].float(), document[0, 1:], reduction="sum") / count
             loss.backward()

@@ -46,8 +46,8 @@ def attention(
         ``[B, T, H, Dv]``, local, in q's dtype; zeros where a query sees no key.
 
     Raises:
-        ValueError: before anything is sent, for inputs that are wrong, or that differ between ranks at the first call
-            of their kind with this plan: then on every rank.
+        ValueError: before anything is sent, for inputs that are wrong: on every rank at the first call with a plan, on
+            this rank at later ones. And on every rank where the first calls of some kind differ between ranks.
 
     Under autocast, q, k and v are cast as ``scaled_dot_product_attention`` casts them. Differentiable once, in reverse
     mode. Keep the plan until the backward where the call is compiled: a graph knows it only by number.

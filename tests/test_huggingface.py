@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,35 @@ def test_a_window_of_the_plan_or_longer_than_it_is_accepted() -> None:
         assert weights is None
 
 
+@pytest.mark.parametrize(
+    ("config", "positions", "expected"),
+    [
+        pytest.param({}, False, "got other position_ids than the plan's", id="positions of one rank"),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "dynamic"}}, True, "got a model with rope_type dynamic", id="rope"
+        ),
+        pytest.param({"layer_types": ["conv", "full_attention"]}, True, "got a model with conv layers", id="layers"),
+    ],
+)
+def test_models_that_would_take_a_rank_for_the_whole_are_refused_on_every_rank(
+    config: dict[str, Any], positions: bool, expected: str
+) -> None:
+    def job(world: World) -> str:
+        plan = seqpar.plan(seqpar.Causal(), length=LENGTH, group=world, layout="contiguous")
+        count = len(plan.work.queries)
+        query, key = torch.randn(1, 6, count, 16), torch.randn(1, 2, count, 16)
+        layer = nn.Module()
+        layer.config, layer.layer_idx = SimpleNamespace(**config), 0
+        given = plan.position_ids if positions else torch.arange(count)[None]
+        with pytest.raises(ValueError, match="seqpar attention got") as raised:
+            attention_forward(layer, query, key, key, None, seqpar_plan=plan, position_ids=given)
+        return str(raised.value)
+
+    messages = run_loopback(2, job)
+    assert messages[0] == messages[1]
+    assert expected in messages[0]
+
+
 def test_a_padding_mask_is_refused_by_the_whole_model() -> None:
     register()
     model = _model("llama")
@@ -178,7 +208,7 @@ def test_a_saved_checkpoint_with_its_tokenizer_trains(tmp_path: Any) -> None:
     transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
 
     options = [
-        *SMALL,
+        *SMALL[2:],  # without the preset
         "--data",
         data,
         "--model",

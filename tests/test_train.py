@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from seqpar.launch.manifest import checkpoints, whole_checkpoints
 from support.train import SMALL, Finished, Run, fork_ranks, losses, metrics, once, write_texts
 
 STEPS = 20
 LAYOUTS = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4": (4, 4), "2x2": (4, 2)}
 """Ranks, and how many of them share a sequence, of each run."""
+OTHERWISE: dict[str, tuple[object, ...]] = {
+    "layout": ("--layout", "contiguous"),
+    "exchange": ("--exchange", "forward"),
+    "weight decay": ("--weight-decay", 20),
+    "clipping": ("--grad-clip", 1e-4),
+    "rate": ("--lr", 1e-4),
+    "bf16": ("--dtype", "bf16", "--verify"),
+}
+"""Runs of two ranks that differ in one option."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +47,7 @@ def runs(folder: Path) -> dict[str, Finished]:
     wanted = {name: run(name, ranks, "--sp", sp, "--verify") for name, (ranks, sp) in LAYOUTS.items()}
     wanted["full"] = run("full", 2, "--checkpoint-activations", "full")
     wanted["selective"] = run("selective", 2, "--checkpoint-activations", "selective")
+    wanted |= {name: run(name, 2, *options) for name, options in OTHERWISE.items()}
     wanted["window"] = run("window", 3, "--mask", "window", "--window", 50, "--verify")
     return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "first"), strict=True))
 
@@ -52,6 +64,7 @@ def resumed(folder: Path, runs: dict[str, Finished]) -> dict[str, Finished]:
         "same ranks": attempt("same ranks"),
         "other ranks": attempt("other ranks", ranks=3),
         "truncated": attempt("truncated"),
+        "only one kept": attempt("only one kept", "--keep", 1, "--steps", 15, "--save-every", 5, "--weight-decay", 20),
         "all truncated": attempt("all truncated"),
         "full disk": attempt("full disk", largest_file=100_000),
         "seed": attempt("seed", "--seed", 7),
@@ -63,7 +76,9 @@ def resumed(folder: Path, runs: dict[str, Finished]) -> dict[str, Finished]:
     with once(folder / "interrupted") as first:
         for name in wanted if first else ():
             _interrupt(
-                folder / "2", folder / f"resumed {name}", truncate={"truncated": 1, "all truncated": 2}.get(name)
+                folder / "2",
+                folder / f"resumed {name}",
+                truncate={"truncated": 1, "only one kept": 1, "all truncated": 2}.get(name),
             )
     return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "second"), strict=True))
 
@@ -95,6 +110,27 @@ def test_ranks_and_checkpointing_leave_the_losses_alone(name: str, folder: Path,
     held_out = [line["eval_loss"] for line in metrics(folder / name) if "eval_loss" in line]
     assert len(held_out) == 2
     assert held_out == pytest.approx([line["eval_loss"] for line in metrics(folder / "1") if "eval_loss" in line], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["layout", "exchange"])
+def test_movement_options_change_bytes_and_nothing_else(name: str, folder: Path, runs: dict[str, Finished]) -> None:
+    plain, other = (metrics(folder / run)[0]["bytes_by_kind"]["kv"] for run in ("2", name))
+    assert plain != other
+    assert losses(folder / name) == pytest.approx(losses(folder / "2"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["weight decay", "clipping", "rate", "bf16"])
+def test_options_of_the_optimizer_and_precision_are_heard(name: str, folder: Path, runs: dict[str, Finished]) -> None:
+    plain, other = losses(folder / "2"), losses(folder / name)
+    assert other[0] == pytest.approx(plain[0], rel=1e-2)
+    assert max(abs(a - b) / b for a, b in zip(other, plain, strict=True)) > 1e-4
+
+
+def test_the_rate_rises_and_falls_along_a_cosine(folder: Path, runs: dict[str, Finished]) -> None:
+    rates = [line["lr"] for line in metrics(folder / "2")]
+    assert rates[:5] == pytest.approx([3e-3 * (step + 1) / 5 for step in range(5)])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[12] == pytest.approx(3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * 7 / 15))))
 
 
 def test_the_loss_falls(folder: Path, runs: dict[str, Finished]) -> None:
@@ -151,6 +187,22 @@ def test_a_truncated_checkpoint_gives_way_to_the_last_whole_one(folder: Path, re
     assert "step-00000020 is not whole and is passed over" in run.output
     assert "resumed after step 10" in run.output
     assert losses(folder / "resumed truncated") == losses(folder / "2")
+
+
+def test_pruning_keeps_whole_checkpoints(folder: Path, resumed: dict[str, Finished]) -> None:
+    """A truncated checkpoint of a later step does not count, and does not stay."""
+    run = resumed["only one kept"]
+    assert run.codes == [0, 0], run.output
+    kept = folder / "resumed only one kept" / "checkpoints"
+    assert whole_checkpoints(kept) == [kept / "step-00000015"]
+    assert checkpoints(kept) == whole_checkpoints(kept)
+
+
+def test_changed_options_take_effect_and_are_said(folder: Path, resumed: dict[str, Finished]) -> None:
+    output = resumed["only one kept"].output
+    assert "--weight-decay is 20.0 from here on; it was 0.1" in output
+    assert "--steps is 15 from here on; it was 20" in output
+    assert losses(folder / "resumed only one kept")[11:] != losses(folder / "2")[11:15]
 
 
 def test_no_whole_checkpoint_is_an_error(resumed: dict[str, Finished]) -> None:

@@ -13,7 +13,8 @@ from seqpar.kernels import Intervals
 
 from .layouts import Layout, resolve_layout
 from .masks import Mask
-from .positions import Positions, union
+from .positions import Positions
+from .reach import reach
 from .schedules import Ring
 
 
@@ -99,18 +100,14 @@ def itinerary(
 ) -> Itinerary:
     """Work out a rank's itinerary; ValueError where mask and layout do not fit the lengths.
 
-    It looks at every rank's queries once, and at this rank's once per block. The last few are kept: training makes a
-    plan per batch, evaluation and the layers of a model share theirs.
+    It looks at each of this rank's queries once per block, and at few of the others'. The last few itineraries are
+    kept: every layer and every plan of the same batch shares one.
     """
     mask.check(length, kv_length)
     layout = resolve_layout(layout, mask, length, kv_length, world)
     lo, hi = mask.intervals(layout.queries[rank].tensor, length, kv_length)
 
-    segments, pairs = [], []
-    for queries in layout.queries:
-        reader_lo, reader_hi = mask.intervals(queries.tensor, length, kv_length)
-        segments.append(union(reader_lo, reader_hi))
-        pairs.append((reader_hi - reader_lo).sum())
+    segments, pairs = reach(mask, layout.queries, length, kv_length)
     needed = _rows_needed(layout.keys, segments)
     exchange = _choose_exchange(schedule, needed, layout.keys)
 
@@ -123,7 +120,7 @@ def itinerary(
         start, end = keys.count_below(lo), keys.count_below(hi)
         intervals = Intervals(_per_query(start), _per_query(end))
         blocks.append(Block(source, keys, intervals, pairs=int(end.sum() - start.sum())))
-    return Itinerary(rank, layout, tuple(blocks), exchange, needed, torch.stack(pairs), tuple(segments))
+    return Itinerary(rank, layout, tuple(blocks), exchange, needed, pairs, segments)
 
 
 def _per_query(bound: Tensor) -> Tensor:
@@ -131,7 +128,7 @@ def _per_query(bound: Tensor) -> Tensor:
     return bound.to(torch.int32).unsqueeze(1)
 
 
-def _rows_needed(keys: tuple[Positions, ...], segments: list[Tensor]) -> Tensor:
+def _rows_needed(keys: tuple[Positions, ...], segments: tuple[Tensor, ...]) -> Tensor:
     """``[reader, owner]``: how many of the owner's keys lie in the reader's segments."""
     reader = torch.repeat_interleave(torch.tensor([len(s) for s in segments]))
     low, high = torch.cat(segments).t().contiguous()

@@ -51,6 +51,20 @@ class Mask(ABC):
         """The document boundaries, where the mask has them."""
         return None
 
+    def jumps_within(self, num_queries: int, num_keys: int) -> range:
+        """Queries of one document at which the rule's bounds may jump; elsewhere they stay or grow by 1 per query."""
+        return range(0)
+
+    def jumps(self, length: int, kv_length: int) -> Tensor:
+        """Sorted global positions of queries at which the intervals' bounds may jump, int64."""
+        documents = self.documents_within(length, kv_length)
+        found = {first for row in documents.queries for first in row[:-1]}
+        for row, key_row in zip(documents.queries, documents.keys, strict=True):
+            for (first, end), (first_key, end_key) in zip(pairwise(row), pairwise(key_row), strict=True):
+                for term in self.terms:
+                    found.update(first + query for query in term.jumps_within(end - first, end_key - first_key))
+        return torch.tensor(sorted(found))
+
     def documents_within(self, length: int, kv_length: int) -> Documents:
         """The documents, or the whole sequence as one."""
         return self.documents or Documents([0, length], [0, kv_length])
@@ -157,6 +171,10 @@ class Chunked(Mask):
         key = query + (num_keys - num_queries)
         chunk = key.div(self.size, rounding_mode="floor") * self.size
         return chunk, chunk + self.size
+
+    def jumps_within(self, num_queries: int, num_keys: int) -> range:
+        """Every query that opens a chunk."""
+        return range((num_queries - num_keys) % self.size, num_queries, self.size)
 
 
 Boundaries = tuple[tuple[int, ...], ...]

@@ -65,9 +65,9 @@ def attend(
 
 def checkpointed(world: World, mode: str) -> dict[str, Any]:
     """Gradients through a checkpointed layer, and how often attention ran forward and what was sent for it."""
-    torch.manual_seed(0)
-    weight = torch.randn(8, 8, dtype=torch.float64).requires_grad_()
-    x = torch.randn(1, 30, 4, 8, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)  # threads share the default one
+    weight = torch.randn(8, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    x = torch.randn(1, 30, 4, 8, dtype=torch.float64, generator=generator)
     plan = seqpar.plan(seqpar.Causal(), length=30, group=world)
 
     def layer(local: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class CpuKernel:
     """fp64, fp32, bf16 and fp16 on the CPU, without a ``Tq x Tk`` mask for anything plain.
 
     16-bit inputs are computed in fp32 where the processor has no bf16 instructions: PyTorch emulates them there, and
-    its bf16 backward takes several times as long as its fp32 one (docs/benchmarks.md).
+    its bf16 attention takes several times as long as its fp32 one (docs/benchmarks.md).
     """
 
     name = "cpu"

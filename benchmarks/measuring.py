@@ -85,6 +85,27 @@ def in_turn(members: Mapping[str, Team], runs: int) -> dict[str, list[float]]:
     return seconds
 
 
+def gpu_in_turn(calls: Mapping[str, Iteration], runs: int) -> dict[str, list[float]]:
+    """Seconds that the GPU takes for ``runs`` calls of each after one warm-up, A B A B ....
+
+    Before each, a gigabyte is overwritten: no input is in the L2 cache, and while the GPU is busy Python gets ahead, so
+    that what it takes to launch a kernel does not count.
+    """
+    cold = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for turn in range(runs + 1):
+        for name, call in calls.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cold.zero_()
+            begin.record()
+            call()
+            end.record()
+            if turn:
+                events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in events.items()}
+
+
 def median(values: Sequence[float]) -> float:
     """The middle value."""
     return statistics.median(values)
@@ -106,6 +127,11 @@ def machine() -> dict[str, object]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Print a table."""
     table = Table(title=title)
@@ -116,11 +142,11 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     Console(width=140).print(table)
 
 
-def write(name: str, tables: Mapping[str, object]) -> None:
-    """Keep the figures, with the command, machine and date, in ``results/<name>.json``."""
+def write(name: str, tables: Mapping[str, object], folder: Path = RESULTS) -> None:
+    """Keep the figures, with the command, machine and date, in ``<folder>/<name>.json``."""
     command = " ".join(["python", *sys.argv])
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"command": command, **machine(), **tables}, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"command": command, **machine(), **tables}, indent=1) + "\n")
 
 
 def _member(pipe: Connection, rendezvous: str, rank: int, ranks: int, threads: int, setup: Setup, args: tuple) -> None:

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import torch
-
+from .automatic import AutoKernel, Choice
 from .contract import Intervals, Kernel, OutputGradient, Partial, accumulator_dtype, merge_
-from .cpu import CpuKernel
+from .cpu import CpuFlash
+from .flash import DIRECTIONS, FlashKernel, Shape
+from .library import AtenFlash, CudnnFlash, PackagedFlash
 from .reference import ReferenceKernel
+from .triton import TritonKernel
 
-_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (ReferenceKernel(), CpuKernel())}
-KERNEL_NAMES = ("auto", *_KERNELS)
+_BACKENDS: tuple[Kernel, ...] = (
+    ReferenceKernel(),
+    FlashKernel("cpu", CpuFlash()),
+    TritonKernel(),
+    TritonKernel(deterministic=False),
+    FlashKernel("library", CudnnFlash(), AtenFlash()),
+    FlashKernel("library:cudnn", CudnnFlash()),
+    FlashKernel("library:flash", AtenFlash()),
+    FlashKernel("library:flash_attn", PackagedFlash()),
+)
+AUTO = AutoKernel({kernel.name: kernel for kernel in _BACKENDS})
+_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (AUTO, *_BACKENDS)}
+KERNEL_NAMES = tuple(_KERNELS)
 
 
-def kernel_named(name: str, device: torch.device) -> Kernel:
-    """The kernel ``name`` (one of ``KERNEL_NAMES``); ``auto`` takes ``cpu`` on the CPU, ``reference`` elsewhere."""
-    if name == "auto":
-        name = "cpu" if device.type == "cpu" else "reference"
+def kernel_named(name: str) -> Kernel:
+    """The kernel ``name``, one of ``KERNEL_NAMES``."""
     if name not in _KERNELS:
         raise ValueError(f"kernel: got {name!r}, expected one of {', '.join(KERNEL_NAMES)}")
     return _KERNELS[name]
 
 
 __all__ = [
+    "AUTO",
+    "DIRECTIONS",
     "KERNEL_NAMES",
+    "Choice",
     "Intervals",
     "Kernel",
     "OutputGradient",
     "Partial",
+    "Shape",
     "accumulator_dtype",
     "kernel_named",
     "merge_",

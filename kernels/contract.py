@@ -6,6 +6,7 @@ reads KV head ``h // (H // Hkv)``. Accumulators are fp32, or fp64 where the inpu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .pieces import Piece, cut_into_pieces
+from .pieces import Piece, cut_into_pieces, plain_piece
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,12 +27,19 @@ class Intervals:
     """The keys that each query sees: ``start[i] <= j < end[i]``, indices into the block's own keys.
 
     ``start`` and ``end`` are int32 ``[B|1, H|1, Tq]``, non-decreasing along Tq, and equal where a query sees nothing.
-    One instance serves every layer, so what kernels derive from it (pieces, copies on a device) is kept on it.
+    One instance serves every layer, so what kernels derive from it (pieces, copies on a device, the queries of key
+    tiles) is kept on it. Plans make it on the CPU; a kernel that computes elsewhere takes its copy there.
     """
 
     start: Tensor
     end: Tensor
     _on_device: dict[torch.device, Intervals] = field(default_factory=dict, repr=False)
+    _queries_of_tiles: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Dense: kernels read them by their shape."""
+        object.__setattr__(self, "start", self.start.contiguous())
+        object.__setattr__(self, "end", self.end.contiguous())
 
     def to(self, device: torch.device) -> Intervals:
         """The same intervals on ``device``; moved once."""
@@ -47,12 +55,34 @@ class Intervals:
         start, end = self.start.cpu(), self.end.cpu()
         return [[cut_into_pieces(s, e) for s, e in zip(*row, strict=True)] for row in zip(start, end, strict=True)]
 
+    @cached_property
+    def plain(self) -> Piece | None:
+        """The one rectangle or triangle that makes up the intervals of all batch rows and heads, or None."""
+        return plain_piece(self.start[0, 0].cpu(), self.end[0, 0].cpu()) if self.start.shape[:2] == (1, 1) else None
+
+    def queries_of_tiles(self, tile: int, keys: int) -> Tensor:
+        """Which queries meet each tile of ``tile`` keys: int32 ``[B|1, H|1, ceil(keys / tile), 4]``, on its device.
+
+        Queries ``first .. last - 1`` see some key of the tile, ``whole_first .. whole_last - 1`` see all of them.
+        Found by bisection, where the intervals are: nothing is read back.
+        """
+        if (tile, keys) not in self._queries_of_tiles:
+            low = torch.arange(0, keys, tile, dtype=torch.int32, device=self.start.device)
+            low = low.expand(*self.start.shape[:2], -1).contiguous()
+            start, end = self.start, self.end
+            first = torch.searchsorted(end, low, right=True, out_int32=True)  # the first with end > low
+            last = torch.searchsorted(start, low + tile, out_int32=True)  # the first with start >= low + tile
+            whole_first = torch.searchsorted(end, low + tile, out_int32=True)
+            whole_last = torch.searchsorted(start, low, right=True, out_int32=True)
+            self._queries_of_tiles[tile, keys] = torch.stack([first, last, whole_first, whole_last], -1)
+        return self._queries_of_tiles[tile, keys]
+
 
 @dataclass
 class Partial:
     """Attention over part of the keys: normalised ``out [B, Tq, H, Dv]`` and ``lse [B, H, Tq]``, in accumulator dtype.
 
-    Partials over disjoint keys merge; ``out = 0, lse = -inf`` is the identity.
+    Partials over disjoint keys merge; ``out = 0, lse = -inf`` is the identity. A final one's out may be in q's dtype.
     """
 
     out: Tensor
@@ -80,7 +110,7 @@ def merge_(into: Partial, out: Tensor, lse: Tensor) -> None:
     into.lse.copy_(torch.logaddexp(into.lse, lse))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OutputGradient:
     """What a backward needs to know of the finished output: it, its global lse, and their gradients.
 
@@ -91,12 +121,21 @@ class OutputGradient:
     lse: Tensor
     dout: Tensor
     dlse: Tensor | None
+    _delta: Tensor | None = None
 
-    @cached_property
-    def delta(self) -> Tensor:
-        """``rowsum(out * dout) - dlse``, ``[B, H, Tq]``: the softmax backward's correction, once for all blocks."""
-        delta = (self.out.to(self.lse.dtype) * self.dout).sum(-1).transpose(1, 2)
-        return delta if self.dlse is None else delta - self.dlse
+    def delta(self, compute: Callable[[OutputGradient], Tensor] | None = None) -> Tensor:
+        """``rowsum(out * dout) - dlse``, ``[B, H, Tq]``: the softmax backward's correction, once for all blocks.
+
+        ``compute`` is a backend's own way to get it.
+        """
+        if self._delta is None:
+            self._delta = (compute or _row_sums)(self)
+        return self._delta
+
+
+def _row_sums(grad: OutputGradient) -> Tensor:
+    delta = (grad.out.to(grad.lse.dtype) * grad.dout).sum(-1).transpose(1, 2)
+    return delta if grad.dlse is None else delta - grad.dlse
 
 
 class Kernel(Protocol):
@@ -104,13 +143,23 @@ class Kernel(Protocol):
 
     name: str
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError, naming what is supported, for inputs that this backend cannot take."""
+    def check(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Intervals]) -> None:
+        """Raise ValueError, naming what is supported, for inputs or blocks that this backend cannot take."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, carry: Partial | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        intervals: Intervals,
+        scale: float,
+        carry: Partial | None,
+        final: bool = False,
     ) -> Partial:
-        """Attention of q over the keys in ``intervals``, continued from ``carry``, which may be overwritten."""
+        """Attention of q over the keys in ``intervals``, continued from ``carry``, which may be overwritten.
+
+        ``final``: nothing will be merged into the result, whose out may then be in q's dtype.
+        """
 
     def backward(
         self,

@@ -38,6 +38,16 @@ def cut_into_pieces(start: Tensor, end: Tensor) -> list[Piece]:
     return pieces
 
 
+def plain_piece(start: Tensor, end: Tensor) -> Piece | None:
+    """The rectangle or triangle that holds exactly the pairs ``start[i] <= j < end[i]``, or None."""
+    lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
+    runs = _linear_runs(lo, hi) if len(lo) else []
+    if len(runs) != 1 or lo[runs[0].start] != lo[runs[0].stop - 1]:
+        return None
+    pieces = _cut_run(lo, hi, runs[0], joined=False)
+    return pieces[0] if len(pieces) == 1 else None
+
+
 def _linear_runs(lo: np.ndarray, hi: np.ndarray) -> list[slice]:
     """Runs of queries along which both bounds grow by 0 or by 1 per query, steadily; runs without keys are left out."""
     steps = np.stack([np.diff(lo), np.diff(hi)])

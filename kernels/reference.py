@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,18 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def check(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Intervals]) -> None:
         """Every floating dtype, head dim and device is supported."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, carry: Partial | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        intervals: Intervals,
+        scale: float,
+        carry: Partial | None,
+        final: bool = False,
     ) -> Partial:
         """See :class:`~seqpar.kernels.contract.Kernel`."""
         partial = Partial.empty(q, v.shape[-1]) if carry is None else carry
@@ -44,7 +53,7 @@ class ReferenceKernel:
         kv_heads = k.shape[2]
         dtype = accumulator_dtype(q.dtype)
         scores = _scores(q, k, intervals, scale)
-        lse, delta = (x.unflatten(1, (kv_heads, -1)).to(dtype) for x in (grad.lse, grad.delta))
+        lse, delta = (x.unflatten(1, (kv_heads, -1)).to(dtype) for x in (grad.lse, grad.delta()))
         dout, query = (x.unflatten(2, (kv_heads, -1)).to(dtype) for x in (grad.dout, q))
         weights = _exp_scores(scores, lse)
         dweights = torch.einsum("bikgd,bjkd->bkgij", dout, v.to(dtype))
@@ -60,6 +69,7 @@ def _scores(q: Tensor, k: Tensor, intervals: Intervals, scale: float) -> Tensor:
     query = q.to(dtype).unflatten(2, (kv_heads, -1)) * scale
     scores = torch.einsum("bikgd,bjkd->bkgij", query, k.to(dtype))
     key = torch.arange(k.shape[1], device=k.device)
+    intervals = intervals.to(k.device)
     seen = (key >= intervals.start.unsqueeze(-1)) & (key < intervals.end.unsqueeze(-1))  # [B|1, H|1, Tq, Tk]
     seen = seen.unsqueeze(2) if seen.shape[1] == 1 else seen.unflatten(1, (kv_heads, -1))
     return scores.masked_fill(~seen, -torch.inf)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+import torch
+
+from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
 from .itinerary import busiest_rows, forward_rows
 
@@ -22,6 +27,7 @@ def explain(plan: Plan) -> str:
         f"work: {int(pairs.sum()):,} query-key pairs in all, busiest rank / mean {imbalance:.3f}",
         f"schedule: {plan.schedule}: {work.exchange} exchange, {_why(plan)}",
         *_bytes(plan),
+        *_kernels(plan),
         "step  keys of rank  rows       pairs",
     ]
     for step, block in enumerate(work.blocks):
@@ -40,7 +46,7 @@ def _why(plan: Plan) -> str:
 def _bytes(plan: Plan) -> list[str]:
     told = plan.told
     if told.heads is None or told.head_dim is None or told.dtype is None:
-        return ["bytes: give the plan heads, head_dim and dtype to see them"]
+        return ["bytes, kernels: give the plan heads, head_dim and dtype to see them"]
     sent = [plan.traffic(1, told.heads, told.head_dim, told.dtype, rank) for rank in range(plan.world.size)]
     return [
         f"bytes sent per layer and batch row, {way}: {sent[plan.world.rank][way].bytes:,} by this rank in "
@@ -48,3 +54,22 @@ def _bytes(plan: Plan) -> list[str]:
         f"{sum(s[way].bytes for s in sent):,} in all"
         for way in ("forward", "backward")
     ]
+
+
+def _kernels(plan: Plan) -> list[str]:
+    """Which kernels ``kernel="auto"`` is on the device that this rank computes on, as far as a plan can know it."""
+    told, device = plan.told, plan.world.control_device
+    if told.heads is None or told.head_dim is None or told.dtype is None:
+        return []
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    shape = Shape(device, told.dtype, 1, *told.heads, *told.head_dim)
+    lines = []
+    for direction in DIRECTIONS:
+        steps: Counter[tuple[str, str]] = Counter()
+        for block in plan.work.blocks:
+            if block.pairs:
+                steps[AUTO.choose(shape, block.intervals, direction)] += 1
+        chosen = ", ".join(f"{kernel} in {count} step(s) ({why})" for (kernel, why), count in steps.items())
+        lines.append(f"kernel='auto' on {device}, {direction}: {chosen or 'none'}")
+    return lines

@@ -40,7 +40,8 @@ def attention(
         plan: from :func:`seqpar.plan`, the same on every rank.
         scale: of the scores; ``D ** -0.5`` by default.
         sinks: learnable softmax offsets ``[H]``: one more key per head, of value 0. The gradient is this rank's part.
-        kernel: ``auto``, ``cpu`` or ``reference``.
+        kernel: ``auto`` for the fastest that repeats bitwise, or one by name: ``cpu``, ``triton``, ``triton_atomic``,
+            ``library``, ``reference``, ...; see docs/design.md.
 
     Returns:
         ``[B, T, H, Dv]``, local, in q's dtype; zeros where a query sees no key.

@@ -47,7 +47,7 @@ def attention_backward_op(
     """dq, dk, dv and dsinks (empty without sinks), in their inputs' dtypes."""
     grad = OutputGradient(out, lse, dout, dlse)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv = ring.backward(registry.find(plan), grad, q, k, v, scale, kernel_named(kernel, q.device))
+        dq, dk, dv = ring.backward(registry.find(plan), grad, q, k, v, scale, kernel_named(kernel))
         dsinks = q.new_empty(0) if sinks is None else ring.sinks_gradient(grad, sinks).to(sinks.dtype)
     copy = dk.dtype == k.dtype  # dk and dv are views of one message, which an operator may not return
     return dq.to(q.dtype), dk.to(k.dtype, copy=copy), dv.to(v.dtype, copy=copy), dsinks

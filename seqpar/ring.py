@@ -23,9 +23,11 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, s
     if sinks is not None:
         partial = Partial.empty(q, v.shape[-1])
         partial.lse.copy_(sinks.view(1, -1, 1).expand_as(partial.lse))
-    for block, (key, value) in zip(plan.work.blocks, plan.exchange(k, v), strict=True):
+    blocks = plan.work.blocks
+    last = max((step for step, block in enumerate(blocks) if block.pairs), default=None)
+    for step, (block, (key, value)) in enumerate(zip(blocks, plan.exchange(k, v), strict=True)):
         if block.pairs:
-            partial = kernel.forward(q, key, value, block.intervals.to(q.device), scale, partial)
+            partial = kernel.forward(q, key, value, block.intervals, scale, partial, final=step == last)
     return partial or Partial.empty(q, v.shape[-1])
 
 
@@ -39,7 +41,7 @@ def backward(
     for block, (key, value) in zip(plan.work.blocks, exchange, strict=True):
         dkv = KeyValues.zeros(k, v, len(block.keys), dtype)
         if block.pairs:
-            kernel.backward(grad, q, key, value, block.intervals.to(q.device), scale, dq, dkv.k, dkv.v)
+            kernel.backward(grad, q, key, value, block.intervals, scale, dq, dkv.k, dkv.v)
         exchange.give_back(dkv)
     home = exchange.home()
     return dq, home.k, home.v
@@ -48,4 +50,4 @@ def backward(
 def sinks_gradient(grad: OutputGradient, sinks: Tensor) -> Tensor:
     """dsinks ``[H]``, from this rank's queries: a sink has value 0, so its ``dS`` is ``P * (0 - delta)``."""
     share = (sinks.to(grad.lse.dtype).view(1, -1, 1) - grad.lse).exp().nan_to_num_(nan=0.0)  # a sink of -inf alone
-    return -(share * grad.delta).sum((0, 2))
+    return -(share * grad.delta()).sum((0, 2))

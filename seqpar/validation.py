@@ -154,8 +154,8 @@ def _check(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ke
     ):
         got = f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
         raise ValueError(f"sinks: got {got}, expected a floating [{heads}], one per query head, on {q.device}")
-    backend = kernel_named(kernel, q.device)
-    backend.check(q, k, v)
+    backend = kernel_named(kernel)
+    backend.check(q, k, v, [block.intervals for block in plan.work.blocks if block.pairs])
     return backend
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -18,118 +17,13 @@ from seqpar import Causal, Documents, Full, Mask, PrefixLM, Ring, SlidingWindow
 from seqpar.itinerary import itinerary
 from seqpar.kernels import Intervals, OutputGradient, Partial, kernel_named, merge_, pieces
 from seqpar.kernels.pieces import cut_into_pieces
+from support.blocks import BATCH, BLOCKS, QUERIES, ROWS, SHAPES, assert_exact, generator, random_intervals, run_blocks
 from support.cases import MaskCase
-from support.oracle import dense_attention, error
+from support.oracle import dense_attention
 from support.strategies import mask_cases
 
 KERNELS = pytest.mark.parametrize("kernel", ["reference", "cpu"])
-CPU = torch.device("cpu")
-BATCH, QUERIES, BLOCKS = 2, 37, (23, 1, 41)
 layouts = st.sampled_from(["contiguous", "zigzag", "striped"])
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Heads and head dims of q and v."""
-
-    heads: int = 2
-    kv_heads: int = 2
-    dim: int = 8
-    value_dim: int = 8
-
-
-SHAPES = {
-    "mha": Shape(),
-    "gqa": Shape(heads=6, kv_heads=2),
-    "mqa": Shape(heads=3, kv_heads=1),
-    "narrow_v": Shape(value_dim=5),
-    "wide_v": Shape(heads=4, dim=6, value_dim=11),
-    "odd": Shape(dim=7, value_dim=7),
-}
-ROWS = {"shared": (False, False), "per_batch": (True, False), "per_head": (False, True), "per_both": (True, True)}
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_intervals(shape: Shape, rows: str, keys: int, seed: int) -> Intervals:
-    """Both bounds non-decreasing, ragged, many rows empty, some of them in the middle."""
-    per_batch, per_head = ROWS[rows]
-    size = BATCH if per_batch else 1, shape.heads if per_head else 1, QUERIES
-    start, end = (torch.randint(-5, keys + 3, size, generator=generator(seed + i)) for i in range(2))
-    start, end = (bound.clamp(0, keys).sort(-1).values.to(torch.int32) for bound in (start, end))
-    return Intervals(start, torch.maximum(start, end))
-
-
-def pairs(intervals: Intervals, keys: int) -> Tensor:
-    """bool ``[B|1, H|1, Tq, keys]``."""
-    key = torch.arange(keys)
-    return (key >= intervals.start.unsqueeze(-1)) & (key < intervals.end.unsqueeze(-1))
-
-
-def oracle(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention under a mask per head: ``seen [B|1, H|1, Tq, Tk]``."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, 2).split(1, 2) for x in (k, v))
-    seen = seen.expand(-1, q.shape[2], -1, -1).unbind(1)
-    heads = [dense_attention(*one, scale=scale) for one in zip(q.split(1, 2), k, v, seen, strict=True)]
-    return torch.cat([out for out, _ in heads], 2), torch.cat([lse for _, lse in heads], 1)
-
-
-def assert_exact(got: Tensor, expected: Tensor, bound: float) -> None:
-    assert torch.equal(got == -torch.inf, expected == -torch.inf)
-    assert error(got, expected) <= bound
-
-
-def run_blocks(
-    kernel: str,
-    dtype: torch.dtype,
-    shape: Shape,
-    blocks: list[Intervals],
-    sizes: tuple[int, ...],
-    bound: float,
-    grads: str,
-) -> None:
-    """Blocks of keys one after another with carry, and each block's backward alone, against all keys at once."""
-    backend, scale = kernel_named(kernel, CPU), 0.4
-    g = generator(7)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
-
-    q = normal(BATCH, QUERIES, shape.heads, shape.dim)
-    k = [normal(BATCH, n, shape.kv_heads, shape.dim) for n in sizes]
-    v = [normal(BATCH, n, shape.kv_heads, shape.value_dim) for n in sizes]
-    dout = normal(BATCH, QUERIES, shape.heads, shape.value_dim) * (grads != "dlse")
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    dlse = None if grads == "dout" else normal(BATCH, shape.heads, QUERIES).to(accumulator)
-    before = [x.clone() for x in (q, dout, *k, *v)]
-
-    partial = None
-    for keys, values, intervals in zip(k, v, blocks, strict=True):
-        partial = backend.forward(q, keys, values, intervals, scale, partial)
-    assert partial.out.dtype == partial.lse.dtype == accumulator
-    grad = OutputGradient(partial.out.to(dtype), partial.lse, dout, dlse)
-    # Gradients are added to what is there.
-    dq, *dkv = already = [torch.full(x.shape, 0.5, dtype=accumulator) for x in (q, *k, *v)]
-    for i, intervals in enumerate(blocks):
-        backend.backward(grad, q, k[i], v[i], intervals, scale, dq, dkv[i], dkv[len(blocks) + i])
-    assert all(torch.equal(x, y) for x, y in zip((q, dout, *k, *v), before, strict=True)), "inputs are left alone"
-
-    leaves = [x.double().requires_grad_() for x in (q, torch.cat(k, 1), torch.cat(v, 1))]
-    seen = [pairs(intervals, n).expand(BATCH, shape.heads, -1, -1) for intervals, n in zip(blocks, sizes, strict=True)]
-    out, lse = oracle(*leaves, torch.cat(seen, -1), scale)
-    objective = (out * dout.double()).sum()
-    if dlse is not None:
-        objective = objective + (lse * dlse)[lse.isfinite()].sum()
-    expected = torch.autograd.grad(objective, leaves)
-    assert_exact(partial.out, out.detach(), bound)
-    assert_exact(partial.lse, lse.detach(), bound)
-    got = [x - 0.5 for x in already]
-    got = [got[0], torch.cat(got[1 : 1 + len(k)], 1), torch.cat(got[1 + len(k) :], 1)]
-    for x, y in zip(got, expected, strict=True):
-        assert_exact(x, y, bound)
 
 
 @KERNELS
@@ -138,7 +32,7 @@ def run_blocks(
 def test_blocks_add_up_to_attention_over_all_keys(shape: str, rows: str, kernel: str) -> None:
     blocks = [random_intervals(SHAPES[shape], rows, n, seed=10 * i) for i, n in enumerate(BLOCKS)]
     for grads in ("dout", "both", "dlse"):
-        run_blocks(kernel, torch.float64, SHAPES[shape], blocks, BLOCKS, 1e-10, grads)
+        run_blocks(kernel_named(kernel), torch.float64, SHAPES[shape], blocks, BLOCKS, 1e-10, grads)
 
 
 @KERNELS
@@ -150,7 +44,7 @@ def test_blocks_add_up_to_attention_over_all_keys(shape: str, rows: str, kernel:
 def test_lower_precisions(dtype: torch.dtype, bound: float, kernel: str) -> None:
     for shape in ("gqa", "narrow_v"):
         blocks = [random_intervals(SHAPES[shape], "per_batch", n, seed=10 * i) for i, n in enumerate(BLOCKS)]
-        run_blocks(kernel, dtype, SHAPES[shape], blocks, BLOCKS, bound, "both")
+        run_blocks(kernel_named(kernel), dtype, SHAPES[shape], blocks, BLOCKS, bound, "both")
 
 
 @KERNELS
@@ -168,7 +62,7 @@ def test_blocks_of_every_mask(kernel: str, case: MaskCase, world: int, layout: s
     partial = Partial.empty(q, 4)
     for block in work.blocks:
         keys, values = (x[:, block.keys.tensor] for x in (k, v))
-        partial = kernel_named(kernel, CPU).forward(q, keys, values, block.intervals, 0.5, partial)
+        partial = kernel_named(kernel).forward(q, keys, values, block.intervals, 0.5, partial)
     out, lse = dense_attention(q, k, v, case.dense()[:, queries], scale=0.5)
     assert_exact(partial.out, out, 1e-10)
     assert_exact(partial.lse, lse, 1e-10)
@@ -177,7 +71,7 @@ def test_blocks_of_every_mask(kernel: str, case: MaskCase, world: int, layout: s
 @KERNELS
 def test_queries_without_keys_give_nothing_and_take_nothing(kernel: str) -> None:
     nothing = Intervals(*(torch.full((1, 1, QUERIES), 3, dtype=torch.int32) for _ in range(2)))
-    run_blocks(kernel, torch.float32, SHAPES["gqa"], [nothing], (9,), 0.0, "both")
+    run_blocks(kernel_named(kernel), torch.float32, SHAPES["gqa"], [nothing], (9,), 0.0, "both")
 
 
 @KERNELS
@@ -189,7 +83,7 @@ def test_a_block_without_pairs_leaves_the_carry_as_it_is(kernel: str) -> None:
     )
     out, lse = carry.out.clone(), carry.lse.clone()
     nothing = torch.zeros(1, 1, QUERIES, dtype=torch.int32)
-    after = kernel_named(kernel, CPU).forward(q, kv, kv, Intervals(nothing, nothing), 1.0, carry)
+    after = kernel_named(kernel).forward(q, kv, kv, Intervals(nothing, nothing), 1.0, carry)
     assert torch.equal(after.out, out)
     assert torch.equal(after.lse, lse)
 
@@ -201,7 +95,7 @@ def test_cpu_reads_no_key_outside_the_intervals(where: slice) -> None:
     kv[:, where] = torch.nan
     steps = torch.arange(11, dtype=torch.int32).view(1, 1, -1)
     intervals = Intervals(6 + steps // 2, (7 + steps).clamp(max=17))
-    backend = kernel_named("cpu", CPU)
+    backend = kernel_named("cpu")
     partial = backend.forward(q, kv, kv, intervals, 1.0, None)
     grads = [torch.zeros_like(x) for x in (q, kv, kv)]
     grad = OutputGradient(partial.out, partial.lse, torch.ones_like(q), torch.ones_like(partial.lse))
@@ -220,7 +114,7 @@ def test_extreme_scores_do_not_overflow(scores: tuple[float, float], kernel: str
     everything = Intervals(torch.zeros(1, 1, 5, dtype=torch.int32), torch.full((1, 1, 5), 4, dtype=torch.int32))
     partial = None
     for keys, values in zip(k, v, strict=True):
-        partial = kernel_named(kernel, CPU).forward(q, keys, values, everything, 1.0, partial)
+        partial = kernel_named(kernel).forward(q, keys, values, everything, 1.0, partial)
     seen = torch.ones(1, 5, 8, dtype=torch.bool)
     out, lse = dense_attention(q.double(), torch.cat(k, 1).double(), torch.cat(v, 1).double(), seen, scale=1.0)
     assert_exact(partial.lse, lse, 1e-6)
@@ -424,9 +318,7 @@ def test_pieces_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="kernel: got 'cuda', expected one of auto, reference, cpu"):
-        kernel_named("cuda", CPU)
+        kernel_named("cuda")
     meta = torch.empty(1, 2, 1, 4, device="meta")
     with pytest.raises(ValueError, match="kernel='cpu': got tensors on meta, expected the CPU; use kernel='auto'"):
-        kernel_named("cpu", meta.device).check(meta, meta, meta)
-    assert kernel_named("auto", CPU).name == "cpu"
-    assert kernel_named("auto", meta.device).name == "reference"
+        kernel_named("cpu").check(meta, meta, meta, [])

@@ -38,7 +38,18 @@ MAY_NOT_IMPORT = {
     "seqpar.integrations": {"seqpar.launch"},
     "seqpar.launch": set(),
 }
-HEAVY = {"accelerate", "deepspeed", "matplotlib", "megatron", "rich", "safetensors", "transformers", "triton", "tyro"}
+HEAVY = {
+    "accelerate",
+    "deepspeed",
+    "flash_attn",
+    "matplotlib",
+    "megatron",
+    "rich",
+    "safetensors",
+    "transformers",
+    "triton",
+    "tyro",
+}
 
 
 def run_python(*args: str | Path, cwd: Path, interpreter: str | Path = sys.executable, stdin: str = "") -> str:

@@ -67,7 +67,7 @@ CALLS: Cases = {
     ),
     "sinks": ({"sinks": torch.zeros(3)}, r"sinks: got \(3,\) torch.float32 on cpu, expected a floating \[4\]"),
     "integer sinks": ({"sinks": torch.zeros(4).int()}, r"sinks: got \(4,\) torch.int32"),
-    "kernel": ({"kernel": "triton"}, r"kernel: got 'triton', expected one of auto, reference, cpu"),
+    "kernel": ({"kernel": "cuda"}, r"kernel: got 'cuda', expected one of auto, reference, cpu"),
 }
 
 DISAGREEMENTS: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {

@@ -71,6 +71,7 @@ def measure(
             except Exception as error:  # such as too little memory: it belongs in the table
                 values[name] = first_line(error)
         values |= {name: median(seconds) for name, seconds in bench.clock(ready, bench.runs).items()}
+        results[direction] = {name: values[name] for name in (*(besides or {}), *names)}  # columns of one table
     return results
 
 

@@ -76,6 +76,14 @@ def fits(row: Row, result: Compiled | None) -> bool:
     return is_fast(row, result) and result.spilled_bytes <= (0 if row.head_dim <= 128 else 64)
 
 
+def fits_as_used(row: Row, result: Compiled | None) -> bool:
+    """Whether it may be shipped as it is, and for tensors that the copy engine cannot read."""
+    if not fits(row, result):
+        return False
+    by_pointers = replace(row, tiles=replace(row.tiles, descriptors=False))
+    return not row.tiles.descriptors or fits(by_pointers, compiled(by_pointers))
+
+
 def is_fast(row: Row, result: Compiled | None) -> TypeGuard[Compiled]:
     """Whether it computes its products as its GPU can; those of few queries wait for memory anyway."""
     if result is None or result.serialised:
@@ -88,7 +96,7 @@ def choose(row: Row) -> Row:
     spills: list[tuple[int, Row]] = []
     for tiles in candidates(row.architecture, row.kernel, row.bits):
         result = compiled(changed := replace(row, tiles=tiles))
-        if fits(row, result):
+        if fits_as_used(changed, result):
             return changed
         if is_fast(row, result):
             spills.append((result.spilled_bytes, changed))

@@ -138,7 +138,8 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     for column, value in rows[0].items():
         table.add_column(column, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()))
+        values = (row[column] for column in rows[0])
+        table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in values))
     Console(width=140).print(table)
 
 

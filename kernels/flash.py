@@ -122,7 +122,7 @@ class FlashKernel:
             if partial is None:
                 if out.shape[:3] == whole.shape[:3]:
                     dtype = whole.dtype if final and len(calls) == 1 else lse.dtype
-                    partial = Partial(out.to(dtype, memory_format=torch.contiguous_format), lse.contiguous())
+                    partial = Partial(out.to(dtype).contiguous(), lse.contiguous())
                     continue
                 partial = Partial.empty(whole, value_dim)
             into = Partial(partial.out[batch, piece.rows, heads], partial.lse[batch, heads, piece.rows])

@@ -255,7 +255,8 @@ _GENERATIONS = {
 
 
 def _meant_for(device: torch.device) -> tuple[int, ...]:
-    return {9: (3, 4, 2), 10: (4, 2)}.get(_major(device), (2,))
+        # FlashAttention-4's backward repeats bitwise on Blackwell only.
+    return {9: (3, 2), 10: (4, 2)}.get(_major(device), (2,))
 
 
 def _package(device: torch.device) -> _Package | None:

@@ -352,7 +352,7 @@ def test_packages_take_what_they_get(generation: int, monkeypatch: pytest.Monkey
     stand_in = {2: flash_attn_2, 3: SimpleNamespace, 4: flash_attn_4}[generation]()
     installed = {library._GENERATIONS[generation].module: stand_in}
     monkeypatch.setattr(library, "_imported", installed.get)
-    monkeypatch.setattr(library, "_major", lambda device: 9)
+    monkeypatch.setattr(library, "_major", lambda device: 10 if generation == 4 else 9)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     for rank in range(2):
         blocks = blocks_of(Causal(), "zigzag", 2, rank)
@@ -362,7 +362,7 @@ def test_packages_take_what_they_get(generation: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("major", "installed", "expected"),
-    [(9, (2, 3, 4), 3), (9, (2, 4), 4), (10, (2, 3, 4), 4), (10, (2,), 2), (8, (2, 3, 4), 2), (8, (3, 4), None)],
+    [(9, (2, 3, 4), 3), (9, (2, 4), 2), (10, (2, 3, 4), 4), (10, (2,), 2), (8, (2, 3, 4), 2), (8, (3, 4), None)],
 )
 def test_the_package_meant_for_the_gpu(
     major: int, installed: tuple[int, ...], expected: int | None, monkeypatch: pytest.MonkeyPatch

@@ -46,24 +46,32 @@ VARIANTS = {
     "latent_attention": {"head_dim": 192, "value_dim": 128},
     "fp16": {"dtype": torch.float16},
     "without_carry": {"carries": False},
-    "pointers": {"descriptors": False},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_compile_on_hopper(variant: str, compiler: Executor) -> None:
-    """Head dims in two parts, the other 16-bit dtype, tensors that the copy engine does not take."""
+    """Head dims in two parts, the other 16-bit dtype, the first block of a ring."""
     options = dict(VARIANTS[variant])
     wanted = options.pop("head_dim", 128)
     fitting = min(dim for dim in {row.head_dim for row in table()} if dim >= wanted)
     rows = [row for row in table() if (row.architecture, row.bits, row.head_dim) == ("sm_90", 16, fitting)]
     assert len(rows) == len(KERNELS)
-    if not options.pop("descriptors", True):
-        rows = [replace(row, tiles=replace(row.tiles, descriptors=False)) for row in rows]
     rows = [replace(row, head_dim=wanted) for row in rows]
     for row, result in zip(rows, compiler.map(compiled, rows, [options] * len(rows)), strict=True):
         assert result.serialised == (), row
         assert result.spilled_bytes == 0 or wanted > 128, (row, result)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_rows_for_the_copy_engine_compile_without_it(architecture: str, compiler: Executor) -> None:
+    """Tensors whose strides it does not take are loaded by pointers, in the same tiles."""
+    rows = [row for row in table() if row.architecture == architecture and row.tiles.descriptors]
+    assert {row.head_dim for row in rows} >= {64, 128}
+    rows = [replace(row, tiles=replace(row.tiles, descriptors=False)) for row in rows if row.head_dim <= 128]
+    for row, result in zip(rows, compiler.map(compiled, rows), strict=True):
+        assert result.serialised == (), row
+        assert result.spilled_bytes == 0, (row, result)
 
 
 def test_few_rows_compile(compiler: Executor) -> None:

@@ -54,7 +54,7 @@ class Compiled:
 def compile_row(row: Row, dtype: torch.dtype, value_dim: int | None = None, carries: bool = True) -> Compiled:
     """Compile one row of the table for its architecture, for inputs of its head dim."""
     dim, value_dim = row.head_dim, value_dim or row.head_dim
-    queries, keys, heads, kv_heads = 16 if row.kernel == "few" else 256, 256, 4, 2
+    queries, keys, heads, kv_heads = 16 if row.kernel == "few" else 256, 256, 8, 2  # as many rows as tiles have
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(1, *shape, dtype=dtype)

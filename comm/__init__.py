@@ -1,16 +1,19 @@
 """Movement between ranks: worlds, exchanges of shards, agreement, and the byte meter."""
 
 from .agreement import agree
-from .exchange import DirectExchange, Exchange, KeyValues, RingExchange
+from .exchange import DirectExchange, Exchange, GatherExchange, KeyValues, RingExchange
+from .heads import Dealt, to_heads, to_tokens
 from .loopback import run_loopback
 from .meter import Meter, Traffic
 from .process_group import Group, ProcessGroupWorld, connect
 from .strict import StrictWorld
-from .world import SingleRank, Transfer, World
+from .world import SingleRank, SubWorld, Transfer, World
 
 __all__ = [
+    "Dealt",
     "DirectExchange",
     "Exchange",
+    "GatherExchange",
     "Group",
     "KeyValues",
     "Meter",
@@ -18,10 +21,13 @@ __all__ = [
     "RingExchange",
     "SingleRank",
     "StrictWorld",
+    "SubWorld",
     "Traffic",
     "Transfer",
     "World",
     "agree",
     "connect",
     "run_loopback",
+    "to_heads",
+    "to_tokens",
 ]

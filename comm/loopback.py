@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,20 +21,30 @@ class _Switchboard:
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.changed = threading.Condition()
-        self.mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self.mail: dict[tuple[int, int], dict[int, Tensor]] = defaultdict(dict)
+        self.posted: Counter[tuple[int, int]] = Counter()
+        self.expected: Counter[tuple[int, int]] = Counter()
         self.failed: int | None = None
 
     def post(self, source: int, destination: int, tensor: Tensor) -> None:
         with self.changed:
-            self.mail[source, destination].append(tensor.detach().clone())
+            number = self.posted[source, destination]
+            self.posted[source, destination] += 1
+            self.mail[source, destination][number] = tensor.detach().clone()
             self.changed.notify_all()
 
-    def take(self, source: int, destination: int) -> Tensor:
+    def expect(self, source: int, destination: int) -> int:
+        """The number of the message that the next receive gets: the order is that in which receives began."""
+        number = self.expected[source, destination]
+        self.expected[source, destination] += 1
+        return number
+
+    def take(self, source: int, destination: int, number: int) -> Tensor:
         with self.changed:
             box = self.mail[source, destination]
-            arrived = self.changed.wait_for(lambda: box or self.failed is not None, self.timeout)
-            if box:
-                return box.popleft()
+            arrived = self.changed.wait_for(lambda: number in box or self.failed is not None, self.timeout)
+            if number in box:
+                return box.pop(number)
         reason = f"rank {self.failed} failed" if arrived else f"nothing came within {self.timeout:g} s"
         raise ConnectionError(f"loopback: rank {destination} waited for rank {source}, but {reason}")
 
@@ -54,10 +64,11 @@ class LoopbackWorld(World):
     def _start(self, sends: Messages, receives: Messages) -> Transfer:
         for peer, tensor in sends:
             self._switchboard.post(self.rank, peer, tensor)
+        awaited = [(peer, tensor, self._switchboard.expect(peer, self.rank)) for peer, tensor in receives]
 
         def wait() -> None:
-            for peer, tensor in receives:
-                arrived = self._switchboard.take(peer, self.rank)
+            for peer, tensor, number in awaited:
+                arrived = self._switchboard.take(peer, self.rank, number)
                 if arrived.shape != tensor.shape or arrived.dtype != tensor.dtype:
                     got, expected = (f"{tuple(t.shape)} {t.dtype}" for t in (arrived, tensor))
                     raise ConnectionError(f"loopback: rank {self.rank} got {got} from rank {peer}, expected {expected}")

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .world import Messages, SingleRank, Transfer, World
+from .world import Messages, SingleRank, SubWorld, Transfer, World
 
 Group = dist.ProcessGroup | DeviceMesh | World | None
 """What :func:`connect` takes, and so every ``group=`` of seqpar."""
@@ -51,19 +51,51 @@ def connect(group: Group) -> World:
     """The ranks to share a sequence with, as this rank sees them.
 
     Args:
-        group: a process group, a 1-D ``DeviceMesh``, None for this rank alone, or a :class:`World` (returned as it is:
-            connect once and share it between plans, and its meter counts them all).
+        group: a process group, a ``DeviceMesh`` of one axis or two (all its ranks, row by row), None for this rank
+            alone, or a :class:`World` (returned as it is: connect once and share it between plans, and its meter counts
+            them all).
     """
     if isinstance(group, World):
         return group
     if group is None:
         return SingleRank()
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
+        if group.ndim > 2:
             names = group.mesh_dim_names or ()
-            raise ValueError(f"group: got a {group.ndim}-D mesh {names}, expected one axis; pass mesh[name]")
+            raise ValueError(f"group: got a {group.ndim}-D mesh {names}, expected one or two axes; pass mesh[names]")
+        if group.ndim == 2:
+            return _flat(group)
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
-        expected = "a ProcessGroup that this rank is a member of, a 1-D DeviceMesh, or None for one rank"
+        expected = "a ProcessGroup that this rank is a member of, a DeviceMesh of one or two axes, or None for one rank"
         raise ValueError(f"group: got {group!r}, expected {expected}")
     return ProcessGroupWorld(group) if dist.get_world_size(group) > 1 else SingleRank()
+
+
+def _flat(mesh: DeviceMesh) -> World:
+    """All ranks of a mesh in its own order; the mesh keeps the group that is made for them."""
+    return MeshWorld(mesh) if mesh.size() > 1 else SingleRank()
+
+
+class MeshWorld(SubWorld):
+    """The ranks of a mesh of two axes, row by row, split along its axes: there every axis has a group of its own.
+
+    NCCL runs the transfers of a group one after another, so only those of different groups are under way at once.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        group, ranks = mesh._flatten().get_group(), mesh.mesh.flatten().tolist()
+        super().__init__(ProcessGroupWorld(group), [dist.get_group_rank(group, rank) for rank in ranks])
+        self._mesh = mesh
+
+    def split(self, degree: int) -> tuple[World, World]:
+        """See :meth:`World.split`."""
+        return (self._along(1), self._along(0)) if degree == self._mesh.size(1) else super().split(degree)
+
+    def _along(self, axis: int) -> World:
+        group, here = self._mesh.get_group(axis), self._mesh.get_coordinate()
+        assert here is not None, "this rank is not in the mesh"
+        ranks = self._mesh.mesh.select(1 - axis, here[1 - axis]).tolist()
+        world = SubWorld(ProcessGroupWorld(group), [dist.get_group_rank(group, rank) for rank in ranks])
+        world.meter = self.meter
+        return world

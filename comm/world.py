@@ -54,6 +54,16 @@ class World(ABC):
             total += other
         return total
 
+    def peer(self, distance: int) -> int:
+        """The rank ``distance`` after this one, in a circle."""
+        return (self.rank + distance) % self.size
+
+    def split(self, degree: int) -> tuple[World, World]:
+        """The ``degree`` consecutive ranks that this one is among, and those at its place in every such block."""
+        block = self.rank - self.rank % degree
+        inside = SubWorld(self, range(block, block + degree))
+        return inside, SubWorld(self, range(self.rank % degree, self.size, degree))
+
     @property
     def control_device(self) -> torch.device:
         """Where small control tensors must lie to travel."""
@@ -78,3 +88,21 @@ class SingleRank(World):
     def _start(self, sends: Messages, receives: Messages) -> Transfer:
         assert not [*sends, *receives], "one rank has no peers"
         return Transfer(wait=lambda: None)
+
+
+class SubWorld(World):
+    """Some ranks of a world, which talk through it: no group of their own has to be made. Bytes count in its meter."""
+
+    def __init__(self, world: World, ranks: Sequence[int]) -> None:
+        """``ranks`` of ``world``, this one among them; they are numbered in that order."""
+        super().__init__(list(ranks).index(world.rank), len(ranks))
+        self._world, self._ranks, self.meter = world, list(ranks), world.meter
+
+    @property
+    def control_device(self) -> torch.device:
+        """The world's."""
+        return self._world.control_device
+
+    def _start(self, sends: Messages, receives: Messages) -> Transfer:
+        renumbered = ([(self._ranks[peer], tensor) for peer, tensor in messages] for messages in (sends, receives))
+        return self._world._start(*renumbered)

@@ -255,7 +255,7 @@ _GENERATIONS = {
 
 
 def _meant_for(device: torch.device) -> tuple[int, ...]:
-        # FlashAttention-4's backward repeats bitwise on Blackwell only.
+    # FlashAttention-4's backward repeats bitwise on Blackwell only.
     return {9: (3, 2), 10: (4, 2)}.get(_major(device), (2,))
 
 

@@ -5,13 +5,15 @@ from .layouts import Layout
 from .masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, SlidingWindow
 from .operators import checkpoint_context
 from .planning import Plan, plan
-from .schedules import Ring
+from .schedules import AllGather, DoubleRing, Ring, Ulysses
 
 __all__ = [
+    "AllGather",
     "AttentionOutput",
     "Causal",
     "Chunked",
     "Documents",
+    "DoubleRing",
     "Full",
     "Layout",
     "Mask",
@@ -19,6 +21,7 @@ __all__ = [
     "PrefixLM",
     "Ring",
     "SlidingWindow",
+    "Ulysses",
     "attention",
     "attention_with_lse",
     "checkpoint_context",

@@ -10,6 +10,7 @@ import torch
 from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
 from .itinerary import busiest_rows, forward_rows
+from .schedules import Ring
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -31,13 +32,20 @@ def explain(plan: Plan) -> str:
         "step  keys of rank  rows       pairs",
     ]
     for step, block in enumerate(work.blocks):
-        lines.append(f"{step:>4}  {block.source:>12}  {len(block.keys):<9,}  {block.pairs:,}")
+        source = "all others" if block.source is None else block.source
+        lines.append(f"{step:>4}  {source:>12}  {len(block.keys):<9,}  {block.pairs:,}")
     return "\n".join(lines)
 
 
 def _why(plan: Plan) -> str:
+    if plan.trade is not None:
+        return (
+            f"among those with the same heads, of which there are {plan.trade.plan.world.size}: {_why(plan.trade.plan)}"
+        )
     if plan.world.size == 1:
         return "nothing travels"
+    if not isinstance(plan.schedule, Ring):
+        return "every rank holds all keys at once"
     forward, direct = busiest_rows(forward_rows(plan.layout.keys)), busiest_rows(plan.work.needed)
     chosen = "chosen" if plan.schedule.exchange == "auto" else "asked for"
     return f"{chosen}; the busiest rank moves {forward:,} rows passing shards on, {direct:,} sending them directly"

@@ -53,7 +53,7 @@ def attention(
     Under autocast, q, k and v are cast as ``scaled_dot_product_attention`` casts them. Differentiable once, in reverse
     mode. Keep the plan until the backward where the call is compiled: a graph knows it only by number.
     """
-    return attention_with_lse(q, k, v, plan, scale=scale, sinks=sinks, kernel=kernel).out
+    return _attend(q, k, v, plan, scale, sinks, kernel, wants_lse=False).out
 
 
 def attention_with_lse(
@@ -70,6 +70,19 @@ def attention_with_lse(
 
     ``lse`` is ``-inf`` where a query sees no key.
     """
+    return _attend(q, k, v, plan, scale, sinks, kernel, wants_lse=True)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float | None,
+    sinks: Tensor | None,
+    kernel: str,
+    wants_lse: bool,
+) -> AttentionOutput:
     if not isinstance(plan, Plan):
         raise ValueError(f"plan: got {type(plan).__name__}, expected the result of seqpar.plan(...)")
     check_types(plan, q, k, v, sinks, scale, kernel)
@@ -78,7 +91,8 @@ def attention_with_lse(
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if scale is None:
         scale = (q.shape[-1] if q.dim() and q.shape[-1] else 1) ** -0.5
-    return AttentionOutput(*attention_op(q, k, v, sinks, plan.handle, float(scale), kernel))
+    out, lse, *_ = attention_op(q, k, v, sinks, plan.handle, float(scale), kernel, wants_lse)
+    return AttentionOutput(out, lse)
 
 
 def token_mean(loss_sum: Tensor, num_tokens: Tensor | int, group: Group) -> Tensor:

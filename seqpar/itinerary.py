@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -14,15 +15,17 @@ from seqpar.kernels import Intervals
 from .layouts import Layout, resolve_layout
 from .masks import Mask
 from .positions import Positions
-from .reach import reach
-from .schedules import Ring
+from .reach import reach, rows_needed
+from .schedules import AllGather, DoubleRing, Inner, ring_size
+
+Travel = Literal["forward", "direct", "gather"]
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """This rank's queries against the rows of one rank's keys that arrive here."""
+    """This rank's queries against the rows of one rank's keys that arrive here, or of all other ranks' (None)."""
 
-    source: int
+    source: int | None
     keys: Positions
     intervals: Intervals
     pairs: int  # query-key pairs that the mask allows, summed over the mask's batch rows
@@ -35,8 +38,10 @@ class Itinerary:
     Attributes:
         rank: whose itinerary it is.
         layout: the global positions that each rank holds.
-        blocks: in the order in which they are computed: keys of ranks ``r, r - 1, r - 2, ...``.
+        blocks: in the order in which they are computed: keys of the ranks in :func:`ring_order`, or of this one and of
+            all others.
         exchange: how keys travel.
+        inside: how many consecutive ranks form a ring of their own, in a ring of such rings; else all of them.
         needed: int64 ``[world, world]``, ``needed[reader, owner]``: how many of the owner's rows some query of the
             reader sees; a direct exchange moves just these.
         pairs: int64 ``[world]``: each rank's work, summed over the mask's batch rows.
@@ -46,7 +51,8 @@ class Itinerary:
     rank: int
     layout: Layout
     blocks: tuple[Block, ...]
-    exchange: Literal["forward", "direct"]
+    exchange: Travel
+    inside: int
     needed: Tensor
     pairs: Tensor
     segments: tuple[Tensor, ...]
@@ -67,10 +73,11 @@ class Itinerary:
         return self.layout.keys[self.rank]
 
     @cached_property
-    def arriving_rows(self) -> list[int]:
-        """How many rows of each rank's keys arrive here, by rank."""
-        by_source = {block.source: len(block.keys) for block in self.blocks}
-        return [by_source[rank] for rank in range(self.world)]
+    def places(self) -> list[Tensor]:
+        """Where the rows of each other rank stand among those gathered, by rank; nothing for this one."""
+        gathered = self.blocks[-1].keys
+        shards = [keys.tensor if rank != self.rank else keys.tensor[:0] for rank, keys in enumerate(self.layout.keys)]
+        return [gathered.count_below(shard) for shard in shards]
 
     @cached_property
     def sent_rows(self) -> list[Tensor | None]:
@@ -83,20 +90,25 @@ class Itinerary:
 
     def messages(self, rank: int, *, grads: bool) -> list[int]:
         """The rows of each message that ``rank`` sends in one pass: K and V, or their gradients on the way home."""
-        rows = []
-        for step in range(1, self.world):
-            if self.exchange == "direct":
-                reader, owner = (rank, rank - step) if grads else (rank + step, rank)
-                rows.append(int(self.needed[reader % self.world, owner % self.world]))
-            else:
-                source = rank - step if grads else rank - step + 1
-                rows.append(len(self.layout.keys[source % self.world]))
+        others = [(rank + step) % self.world for step in range(1, self.world)]
+        if self.exchange == "direct":
+            needed = self.needed if grads else self.needed.t()
+            rows = [int(needed[rank, peer]) for peer in others]
+        else:
+            sources = ring_order(rank, self.world, self.inside)
+            if grads:
+                sources = sources[1:]  # a shard's gradient leaves after each step but the first
+            elif self.exchange == "gather":
+                sources = [rank] * len(others)
+            else:  # what a rank computes with goes on, unless its ring ends here; and what a ring begins with
+                sources = [s for n, s in enumerate(sources) if (n + 1) % self.inside] + sources[:: self.inside][:-1]
+            rows = [len(self.layout.keys[source]) for source in sources]
         return [count for count in rows if count]
 
 
 @lru_cache(maxsize=8)
 def itinerary(
-    mask: Mask, layout: str | Layout, schedule: Ring, length: int, kv_length: int, world: int, rank: int
+    mask: Mask, layout: str | Layout, schedule: Inner, length: int, kv_length: int, world: int, rank: int
 ) -> Itinerary:
     """Work out a rank's itinerary; ValueError where mask and layout do not fit the lengths.
 
@@ -108,19 +120,37 @@ def itinerary(
     lo, hi = mask.intervals(layout.queries[rank].tensor, length, kv_length)
 
     segments, pairs = reach(mask, layout.queries, length, kv_length)
-    needed = _rows_needed(layout.keys, segments)
+    needed = rows_needed(layout.keys, segments)
     exchange = _choose_exchange(schedule, needed, layout.keys)
 
     blocks = []
-    for step in range(world):
-        source = (rank - step) % world
-        keys = layout.keys[source]
-        if exchange == "direct" and source != rank:
-            keys = keys.within(segments[rank])
+    inside = ring_size(schedule, world)
+    for source, keys in _arrivals(exchange, layout.keys, segments[rank], ring_order(rank, world, inside)):
         start, end = keys.count_below(lo), keys.count_below(hi)
         intervals = Intervals(_per_query(start), _per_query(end))
         blocks.append(Block(source, keys, intervals, pairs=int(end.sum() - start.sum())))
-    return Itinerary(rank, layout, tuple(blocks), exchange, needed, pairs, segments)
+    return Itinerary(rank, layout, tuple(blocks), exchange, inside, needed, pairs, segments)
+
+
+def ring_order(rank: int, world: int, inside: int) -> list[int]:
+    """Whose keys come by a rank: around its own ring of ``inside`` ranks, backwards, then around the one before."""
+    ring, place = divmod(rank, inside)
+    rings = [(ring - step) % (world // inside) for step in range(world // inside)]
+    return [r * inside + (place - step) % inside for r in rings for step in range(inside)]
+
+
+def _arrivals(
+    exchange: Travel, held: tuple[Positions, ...], needed: Tensor, order: list[int]
+) -> Iterator[tuple[int | None, Positions]]:
+    """Whose keys a rank computes with in each step, and which of them are there."""
+    rank, *others = order
+    yield rank, held[rank]
+    if exchange == "gather":
+        if others:
+            yield None, Positions.of(torch.cat([held[source].tensor for source in others]).sort().values)
+        return
+    for source in others:
+        yield source, held[source].within(needed) if exchange == "direct" else held[source]
 
 
 def _per_query(bound: Tensor) -> Tensor:
@@ -128,18 +158,11 @@ def _per_query(bound: Tensor) -> Tensor:
     return bound.to(torch.int32).unsqueeze(1)
 
 
-def _rows_needed(keys: tuple[Positions, ...], segments: tuple[Tensor, ...]) -> Tensor:
-    """``[reader, owner]``: how many of the owner's keys lie in the reader's segments."""
-    reader = torch.repeat_interleave(torch.tensor([len(s) for s in segments]))
-    low, high = torch.cat(segments).t().contiguous()
-    needed = torch.zeros(len(segments), len(keys), dtype=torch.int64)
-    for owner, positions in enumerate(keys):
-        counts = positions.count_below(high) - positions.count_below(low)
-        needed[:, owner].index_add_(0, reader, counts)
-    return needed
-
-
-def _choose_exchange(schedule: Ring, needed: Tensor, keys: tuple[Positions, ...]) -> Literal["forward", "direct"]:
+def _choose_exchange(schedule: Inner, needed: Tensor, keys: tuple[Positions, ...]) -> Travel:
+    if isinstance(schedule, AllGather):
+        return "gather"
+    if isinstance(schedule, DoubleRing):
+        return "forward"
     if schedule.exchange != "auto":
         return schedule.exchange
     if len(keys) <= 2:

@@ -33,8 +33,19 @@ class Layout:
         """Everything that tells this layout from another, as plain values."""
         return [[positions.content for positions in held] for held in (self.queries, self.keys)]
 
+    def merged(self, ranks: int) -> Layout:
+        """What every ``ranks`` consecutive ranks hold together."""
+        return Layout(self.name, _merged(self.queries, ranks), _merged(self.keys, ranks))
+
     def __repr__(self) -> str:
         return f"Layout({self.name!r}, {len(self.queries)} ranks)"
+
+
+def _merged(held: tuple[Positions, ...], ranks: int) -> tuple[Positions, ...]:
+    if ranks == 1:
+        return held
+    blocks = (held[first : first + ranks] for first in range(0, len(held), ranks))
+    return tuple(Positions.of(torch.cat([positions.tensor for positions in block]).sort().values) for block in blocks)
 
 
 def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int, world: int) -> Layout:

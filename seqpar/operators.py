@@ -14,20 +14,37 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from seqpar.kernels import OutputGradient, accumulator_dtype, kernel_named
 
-from . import registry, ring
+from . import registry, ring, ulysses
 from .validation import admit
+
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("seqpar::attention", mutates_args=())
 def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """out ``[B, T, H, Dv]`` in q's dtype, lse ``[B, H, T]`` in accumulator dtype."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: int,
+    scale: float,
+    kernel: str,
+    wants_lse: bool,
+) -> Seven:
+    """out ``[B, T, H, Dv]`` in q's dtype, lse ``[B, H, T]`` in accumulator dtype (NaN unless wanted, in Ulysses).
+
+    And what the backward needs besides, flat: in Ulysses q, k, v, out and lse as they were traded; else nothing.
+    """
     found = registry.find(plan)
     backend = admit(found, q, k, v, sinks, scale, kernel)
     with torch.autocast(q.device.type, enabled=False):
+        if found.trade is not None:
+            out, lse, traded = ulysses.forward(found, q, k, v, sinks, scale, backend, wants_lse)
+            flat = [x.view(-1) for x in traded]
+            return out, lse, flat[0], flat[1], flat[2], flat[3], flat[4]
         partial = ring.forward(found, q, k, v, sinks, scale, backend)
-    return partial.out.to(q.dtype), partial.lse
+    nothing = [x.new_empty(0) for x in (q, q, q, q, partial.lse)]
+    return partial.out.to(q.dtype), partial.lse, nothing[0], nothing[1], nothing[2], nothing[3], nothing[4]
 
 
 @torch.library.custom_op("seqpar::attention_backward", mutates_args=())
@@ -39,15 +56,19 @@ def attention_backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    traded: list[Tensor],
     sinks: Tensor | None,
     plan: int,
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks (empty without sinks), in their inputs' dtypes."""
-    grad = OutputGradient(out, lse, dout, dlse)
+    found, backend = registry.find(plan), kernel_named(kernel)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv = ring.backward(registry.find(plan), grad, q, k, v, scale, kernel_named(kernel))
+        if found.trade is not None:
+            return ulysses.backward(found, dout, dlse, traded, q, k, v, sinks, scale, backend)
+        grad = OutputGradient(out, lse, dout, dlse)
+        dq, dk, dv = ring.backward(found, grad, q, k, v, scale, backend)
         dsinks = q.new_empty(0) if sinks is None else ring.sinks_gradient(grad, sinks).to(sinks.dtype)
     copy = dk.dtype == k.dtype  # dk and dv are views of one message, which an operator may not return
     return dq.to(q.dtype), dk.to(k.dtype, copy=copy), dv.to(v.dtype, copy=copy), dsinks
@@ -55,11 +76,21 @@ def attention_backward_op(
 
 @attention_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: int,
+    scale: float,
+    kernel: str,
+    wants_lse: bool,
+) -> Seven:
     batch, tokens, heads, _ = q.shape
     lse = q.new_empty(batch, heads, tokens, dtype=accumulator_dtype(q.dtype))
-    return q.new_empty(batch, tokens, heads, v.shape[-1]), lse
+    # Which plan it will be, and so how much is traded, is known when the graph runs.
+    flat = [x.new_empty(torch.library.get_ctx().new_dynamic_size()) for x in (q, k, v, q, lse)]
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
+    return out, lse, flat[0], flat[1], flat[2], flat[3], flat[4]
 
 
 @attention_backward_op.register_fake
@@ -71,6 +102,7 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    traded: list[Tensor],
     sinks: Tensor | None,
     plan: int,
     scale: float,
@@ -80,20 +112,22 @@ def _(
     return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sinks, ctx.plan, ctx.scale, ctx.kernel = inputs
+def _save(ctx: Any, inputs: tuple, output: Seven) -> None:
+    q, k, v, sinks, ctx.plan, ctx.scale, ctx.kernel, _ = inputs
     ctx.save_for_backward(q, k, v, sinks, *output)
     ctx.set_materialize_grads(False)
     # The graph keeps the plan alive. A compiled graph knows no plan, only a number: there its caller must.
     ctx.alive = registry.find(ctx.plan) if isinstance(ctx.plan, int) else None
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, sinks, out, lse = ctx.saved_tensors
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, sinks, out, lse, *traded = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = attention_backward_op(dout, dlse, q, k, v, out, lse, sinks, ctx.plan, ctx.scale, ctx.kernel)
-    return dq, dk, dv, None if sinks is None else dsinks, None, None, None
+    dq, dk, dv, dsinks = attention_backward_op(
+        dout, dlse, q, k, v, out, lse, traded, sinks, ctx.plan, ctx.scale, ctx.kernel
+    )
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
 
 
 attention_op.register_autograd(_differentiate, setup_context=_save)

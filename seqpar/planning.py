@@ -10,16 +10,30 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from seqpar.comm import DirectExchange, Exchange, Group, RingExchange, Traffic, World, agree, connect
+from seqpar.comm import (
+    DirectExchange,
+    Exchange,
+    GatherExchange,
+    Group,
+    RingExchange,
+    SubWorld,
+    Traffic,
+    World,
+    agree,
+    connect,
+)  # fmt: skip
 from seqpar.kernels import accumulator_dtype
 
 from . import registry
+from .dealing import deal_heads
 from .explaining import explain
 from .itinerary import Itinerary, itinerary
-from .layouts import Layout, as_layout
+from .layouts import Layout, as_layout, resolve_layout
 from .masks import Mask, Span
-from .schedules import Ring, resolve_schedule
+from .positions import Positions
+from .schedules import Schedule, Ulysses, heads_degree, resolve_schedule
 from .sharding import Held, gather_rows, select_rows
 from .validation import HeadShape, agree_once
 
@@ -34,7 +48,7 @@ def plan(
     kv_length: int | None = None,
     group: Group = None,
     layout: str | Layout | Sequence = "zigzag",
-    schedule: str | Ring = "ring",
+    schedule: str | Schedule = "ring",
     heads: int | tuple[int, int] | None = None,
     head_dim: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -45,11 +59,12 @@ def plan(
         mask: who attends to whom.
         length: global number of query tokens, at least one per rank.
         kv_length: global number of key tokens, in cross-attention.
-        group: the ranks that share the sequence: a process group, a 1-D ``DeviceMesh``, a connected
-            :class:`seqpar.comm.World`, or None for one rank (not for all there are).
+        group: the ranks that share the sequence: a process group, a ``DeviceMesh`` of one axis, or of two for a hybrid
+            (the last inside the node), a connected :class:`seqpar.comm.World`, or None for one rank (not for all).
         layout: ``contiguous``, ``zigzag``, ``striped``, ``document_zigzag``, another plan's ``.layout``, or sorted
             positions per rank (``Layout.explicit(queries, keys)`` in cross-attention).
-        schedule: ``ring``, or a :class:`Ring` with options.
+        schedule: ``ring``, ``allgather``, ``ulysses``, ``hybrid`` (Ulysses inside the node, a ring between nodes), or a
+            :class:`Ring`, :class:`AllGather` or :class:`Ulysses` with options.
         heads, head_dim, dtype: optional. What :meth:`Plan.explain` then predicts in bytes; attention refuses others.
 
     Raises:
@@ -63,18 +78,30 @@ def plan(
             raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
         length = _tokens("length", length)
         kv_length = length if kv_length is None else _tokens("kv_length", kv_length)
-        layout, schedule = as_layout(layout), resolve_schedule(schedule)
+        inside = group.size(1) if isinstance(group, DeviceMesh) and group.ndim == 2 else None
+        layout, schedule = as_layout(layout), resolve_schedule(schedule, inside)
         told = HeadShape.of(heads, head_dim, dtype)
         fields = {"length": length, "kv_length": kv_length, "mask": _fingerprint(mask), "layout": _fingerprint(layout)}
         fields |= {"schedule": schedule, "heads": told.heads, "head_dim": told.head_dim, "dtype": told.dtype}
-        work = itinerary(mask, layout, schedule, length, kv_length, world.size, world.rank)
+        mask.check(length, kv_length)
+        held = resolve_layout(layout, mask, length, kv_length, world.size)
+        degree = heads_degree(schedule, world.size)
+        inner = schedule.inner if isinstance(schedule, Ulysses) else schedule
+        blocks, block = world.size // degree, world.rank // degree
+        work = itinerary(mask, held.merged(degree), inner, length, kv_length, blocks, block)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         refusal = error
     agree(world, "seqpar.plan", fields, refusal)
     assert work is not None, "a refused plan was agreed on"
-    assert isinstance(schedule, Ring), "the schedule was resolved"
+    assert not isinstance(schedule, str), "the schedule was resolved"
     identity = ", ".join(str(value) for value in fields.values())
-    return Plan(mask, length, kv_length or length, schedule, world, work, told, identity)
+    whole = mask, length, kv_length or length
+    if not isinstance(schedule, Ulysses):
+        return Plan(*whole, schedule, world, held, work, told, identity)
+    alike = SubWorld(world, range(world.rank % degree, world.size, degree))
+    attending = Plan(*whole, inner, alike, work.layout, work, HeadShape(), f"{identity}, inside")
+    trading = SubWorld(world, range(block * degree, (block + 1) * degree))
+    return Plan(*whole, schedule, world, held, work, told, identity, Trade(trading, attending, held))
 
 
 def _tokens(name: str, value: object) -> int:
@@ -89,7 +116,9 @@ class Plan:
     Attributes:
         mask, length, kv_length, schedule: as given.
         world: the ranks, with their byte meter: ``plan.world.meter``.
-        work: this rank's itinerary.
+        layout: who holds what; give it to another plan to leave tokens where they are.
+        work: the itinerary of this rank, or of the ranks that it trades heads with.
+        trade: with whom heads are traded, in Ulysses; else None.
         told: the ``heads``, ``head_dim`` and ``dtype`` given.
         identity: what tells this plan from another, in words.
         agreed: kinds of calls that all ranks have agreed on.
@@ -101,26 +130,33 @@ class Plan:
         mask: Mask,
         length: int,
         kv_length: int,
-        schedule: Ring,
+        schedule: Schedule,
         world: World,
+        layout: Layout,
         work: Itinerary,
         told: HeadShape,
         identity: str,
+        trade: Trade | None = None,
     ) -> None:
         self.mask, self.length, self.kv_length, self.schedule, self.world = mask, length, kv_length, schedule, world
-        self.work, self.told, self.identity = work, told, identity
+        self.layout, self.work, self.told, self.identity, self.trade = layout, work, told, identity, trade
         self.agreed: set[tuple] = set()
         self.handle = registry.register(self)
-        self._sent_rows: dict[torch.device, list[Tensor | None]] = {}
+        self._rows_on: dict[torch.device, list[Tensor | None]] = {}
 
     def __deepcopy__(self, memo: object) -> Plan:
         """Itself: a copied model shares the plan, as its layers do."""
         return self
 
     @property
-    def layout(self) -> Layout:
-        """Who holds what; give it to another plan to leave tokens where they are."""
-        return self.work.layout
+    def queries(self) -> Positions:
+        """The global positions of this rank's queries."""
+        return self.layout.queries[self.world.rank]
+
+    @property
+    def keys(self) -> Positions:
+        """The global positions of this rank's keys."""
+        return self.layout.keys[self.world.rank]
 
     def shard(self, x: Tensor, dim: int = 1, *, of: Of = "queries") -> Tensor:
         """This rank's tokens of a whole tensor that every rank holds; the gradient is gathered back."""
@@ -144,7 +180,7 @@ class Plan:
     @cached_property
     def position_ids(self) -> Tensor:
         """int64 ``[1|B, T]``: each local token's position in its document, for RoPE; B where rows have their own."""
-        return torch.stack([self.work.queries.tensor - span.first_query for span in self._spans()])
+        return torch.stack([self.queries.tensor - span.first_query for span in self._spans()])
 
     def shift_labels(self, tokens: Tensor) -> Tensor:
         """Each local token's label, the token after it: int64 ``[B, T]`` from the whole ``tokens [B, length]``.
@@ -155,7 +191,7 @@ class Plan:
             raise ValueError(
                 f"tokens: got shape {tuple(tokens.shape)}, expected [batch, {self.length}]; give whole rows"
             )
-        here = self.work.queries.tensor
+        here = self.queries.tensor
         last = torch.stack([here == span.first_query + span.num_queries - 1 for span in self._spans()])
         if len(last) not in (1, len(tokens)):
             raise ValueError(f"tokens: got {len(tokens)} rows, expected {len(last)}, the rows of the plan's Documents")
@@ -175,6 +211,8 @@ class Plan:
         assert shape.heads is not None, "heads are given"
         assert shape.head_dim is not None, "head_dim is given"
         rank = self.world.rank if rank is None else rank
+        if self.trade is not None:
+            return self.trade.traffic(batch, shape.heads, shape.head_dim, dtype, rank)
         elements = batch * shape.heads[1] * sum(shape.head_dim)
         moved, returned = (self.work.messages(rank, grads=grads) for grads in (False, True))
         kv = sum(moved) * elements * dtype.itemsize
@@ -187,17 +225,22 @@ class Plan:
 
     def exchange(self, k: Tensor, v: Tensor) -> Exchange:
         """One pass of all ranks' K and V by this rank, in the order of ``work.blocks``."""
-        args = self.world, k, v, self.work.arriving_rows, self._grad_wire(k.dtype)
+        blocks, grad_wire = self.work.blocks, self._grad_wire(k.dtype)
+        sources = [block.source for block in blocks if block.source is not None]  # all others are no one
+        rows = [len(block.keys) for block in blocks]
+        args = self.world, k, v, sources, rows, grad_wire
+        if self.work.exchange == "forward":
+            return RingExchange(*args, inside=self.work.inside)
+        if k.device not in self._rows_on:
+            indices = self.work.sent_rows if self.work.exchange == "direct" else self.work.places
+            self._rows_on[k.device] = [x if x is None else x.to(k.device) for x in indices]
         if self.work.exchange == "direct":
-            if k.device not in self._sent_rows:
-                self._sent_rows[k.device] = [
-                    rows if rows is None else rows.to(k.device) for rows in self.work.sent_rows
-                ]
-            return DirectExchange(*args, send_rows=self._sent_rows[k.device])
-        return RingExchange(*args)
+            return DirectExchange(*args, send_rows=self._rows_on[k.device])
+        return GatherExchange(*args, places=self._rows_on[k.device])
 
     def _grad_wire(self, dtype: torch.dtype) -> torch.dtype:
         accumulator = accumulator_dtype(dtype)
+        assert not isinstance(self.schedule, Ulysses), "gradients travel by the inner plan's exchange"
         return torch.bfloat16 if self.schedule.grad_wire == "bf16" and accumulator == torch.float32 else accumulator
 
     def _held(self, of: Of) -> tuple[Held, int]:
@@ -207,7 +250,56 @@ class Plan:
 
     def _spans(self) -> list[Span]:
         documents = self.mask.documents_within(self.length, self.kv_length)
-        return list(documents.spans(self.work.queries.tensor))
+        return list(documents.spans(self.queries.tensor))
+
+
+class Trade:
+    """With whom a rank trades tokens for heads, and the plan by which they attend with others who hold the same heads.
+
+    Attributes:
+        world: those who trade with each other.
+        plan: of the inner schedule, over the ranks that get the same heads.
+    """
+
+    def __init__(self, world: World, plan: Plan, held: Layout) -> None:
+        self.world, self.plan, self._held = world, plan, held
+        self._places: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def places(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """Where each trading rank's queries, and keys, stand among all of theirs; int64, by rank."""
+        if device not in self._places:
+            first = self.plan.world.rank * self.world.size
+            both = (self.plan.work.queries, self._held.queries), (self.plan.work.keys, self._held.keys)
+            queries, keys = (
+                [merged.count_below(x.tensor).to(device) for x in held[first : first + self.world.size]]
+                for merged, held in both
+            )
+            self._places[device] = queries, keys
+        return self._places[device]
+
+    def traffic(
+        self, batch: int, heads: tuple[int, int], head_dim: tuple[int, int], dtype: torch.dtype, rank: int
+    ) -> dict[str, Traffic]:
+        """See :meth:`Plan.traffic`; without the lse, which only :func:`seqpar.attention_with_lse` brings back."""
+        degree, (dim, value_dim), size = self.world.size, head_dim, batch * dtype.itemsize
+        me, block = rank % degree, slice(rank - rank % degree, rank - rank % degree + degree)
+        hands = deal_heads(*heads, degree)
+        tokens, keys = ([len(x) for x in held[block]] for held in (self._held.queries, self._held.keys))
+        num_heads, num_keys = ([x.stop - x.start for x in dealt] for dealt in (hands.queries, hands.keys))
+        messages: dict[str, list[int]] = {"forward": [], "backward": []}
+        for peer in (peer for peer in range(degree) if peer != me):
+            there = tokens[me] * num_heads[peer] * dim + keys[me] * num_keys[peer] * (dim + value_dim)
+            back = tokens[peer] * num_heads[me] * dim + keys[peer] * num_keys[me] * (dim + value_dim)
+            messages["forward"] += [there, tokens[peer] * num_heads[me] * value_dim]
+            messages["backward"] += [tokens[me] * num_heads[peer] * value_dim, back]
+        inside = {"forward": Traffic(0, 0), "backward": Traffic(0, 0)}
+        if num_heads[me]:
+            dealt = num_heads[me], len(hands.repeats[me])
+            inside = self.plan.traffic(batch, dealt, head_dim, dtype, rank // degree)
+        return {
+            way: Traffic(inside[way].calls + sum(n > 0 for n in sent), inside[way].bytes + sum(sent) * size)
+            for way, sent in messages.items()
+        }
 
 
 def _fingerprint(value: object) -> str:

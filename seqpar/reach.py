@@ -42,6 +42,17 @@ def reach(mask: Mask, queries: tuple[Positions, ...], length: int, kv_length: in
     return tuple(union(x[:, 1:2].T, x[:, 2:].T.cummax(1).values) for x in whole.split(each)), pairs
 
 
+def rows_needed(keys: tuple[Positions, ...], segments: tuple[Tensor, ...]) -> Tensor:
+    """``[reader, owner]``: how many of the owner's keys lie in the reader's segments."""
+    reader = torch.repeat_interleave(torch.tensor([len(s) for s in segments]))
+    low, high = torch.cat(segments).t().contiguous()
+    needed = torch.zeros(len(segments), len(keys), dtype=torch.int64)
+    for owner, positions in enumerate(keys):
+        counts = positions.count_below(high) - positions.count_below(low)
+        needed[:, owner].index_add_(0, reader, counts)
+    return needed
+
+
 def _cut_at(jumps: Tensor, queries: tuple[Positions, ...]) -> Tensor:
     """Runs of all ranks as ``[reader, first, count, step]``, cut so that a jump only ever comes first in one."""
     reader = torch.repeat_interleave(torch.tensor([len(x.starts) for x in queries]))

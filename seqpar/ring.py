@@ -26,7 +26,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, s
     blocks = plan.work.blocks
     last = max((step for step, block in enumerate(blocks) if block.pairs), default=None)
     for step, (block, (key, value)) in enumerate(zip(blocks, plan.exchange(k, v), strict=True)):
-        if block.pairs:
+        if block.pairs and q.shape[2]:  # Ulysses may leave a rank without heads
             partial = kernel.forward(q, key, value, block.intervals, scale, partial, final=step == last)
     return partial or Partial.empty(q, v.shape[-1])
 
@@ -40,7 +40,7 @@ def backward(
     exchange = plan.exchange(k, v)
     for block, (key, value) in zip(plan.work.blocks, exchange, strict=True):
         dkv = KeyValues.zeros(k, v, len(block.keys), dtype)
-        if block.pairs:
+        if block.pairs and q.shape[2]:
             kernel.backward(grad, q, key, value, block.intervals, scale, dq, dkv.k, dkv.v)
         exchange.give_back(dkv)
     home = exchange.home()

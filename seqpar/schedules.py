@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 Route = Literal["auto", "forward", "direct"]
 GradWire = Literal["fp32", "bf16"]
-SCHEDULE_NAMES = ("ring",)
+
+
+def _check_options(schedule: object, **allowed: tuple[str, ...]) -> None:
+    for name, values in allowed.items():
+        if (got := getattr(schedule, name)) not in values:
+            kind = type(schedule).__name__
+            raise ValueError(f"{kind}({name}=): got {got!r}, expected one of {', '.join(values)}")
+
+
+def _check_degree(schedule: DoubleRing | Ulysses) -> None:
+    degree = schedule.degree
+    if not isinstance(degree, Integral) or isinstance(degree, bool) or degree < 1:
+        raise ValueError(f"{type(schedule).__name__}(degree=): got {degree!r}, expected a positive number of ranks")
 
 
 @dataclass(frozen=True)
@@ -25,16 +38,107 @@ class Ring:
     grad_wire: GradWire = "fp32"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("exchange", get_args(Route)), ("grad_wire", get_args(GradWire))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Ring({name}=): got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        _check_options(self, exchange=get_args(Route), grad_wire=get_args(GradWire))
 
 
-def resolve_schedule(schedule: str | Ring) -> Ring:
-    """The schedule that the ``schedule=`` of :func:`seqpar.plan` means."""
-    if schedule == "ring":
-        return Ring()
-    if not isinstance(schedule, Ring):
-        expected = f"one of {', '.join(SCHEDULE_NAMES)}, or a seqpar.Ring(...)"
+@dataclass(frozen=True)
+class DoubleRing:
+    """Rings inside a ring: shards go around the ranks of a node while the next node's are on their way here.
+
+    The slow links between nodes carry a shard per round of the fast ones inside, all of them at once (LoongTrain, Gu et
+    al. 2024, section 4.4).
+
+    Args:
+        degree: how many consecutive ranks form an inner ring.
+        grad_wire: the dtype in which dK and dV travel; they are added in fp32 in any case. fp64 stays fp64.
+    """
+
+    degree: int
+    grad_wire: GradWire = "fp32"
+
+    def __post_init__(self) -> None:
+        _check_options(self, grad_wire=get_args(GradWire))
+        _check_degree(self)
+
+
+@dataclass(frozen=True)
+class AllGather:
+    """Every rank's K and V come to every rank at once, while it computes with its own; gradients go back likewise.
+
+    Two kernel calls whatever the number of ranks, and as many bytes as the ring's; a rank holds all keys at once
+    (as Llama 3 was trained, Grattafiori et al. 2024, section 3.3.2).
+
+    Args:
+        grad_wire: the dtype in which dK and dV travel; they are added in fp32 in any case. fp64 stays fp64.
+    """
+
+    grad_wire: GradWire = "fp32"
+
+    def __post_init__(self) -> None:
+        _check_options(self, grad_wire=get_args(GradWire))
+
+
+Inner = Ring | DoubleRing | AllGather
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """Ranks trade tokens for heads, attend to all their tokens, and trade back (DeepSpeed Ulysses, Jacobs et al. 2023).
+
+    Any number of heads: they are dealt in order, unevenly if need be, and KV heads go to every rank whose query heads
+    read them.
+
+    Args:
+        inner: how those who trade attend together with other such groups.
+        degree: how many consecutive ranks trade with each other; None for all of the group.
+    """
+
+    inner: Inner = Ring()
+    degree: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Inner):
+            raise ValueError(f"Ulysses(inner=): got {self.inner!r}, expected a seqpar.Ring, DoubleRing or AllGather")
+        if self.degree is not None:
+            _check_degree(self)
+
+
+Schedule = Inner | Ulysses
+_NAMED: dict[str, Schedule] = {"ring": Ring(), "allgather": AllGather(), "ulysses": Ulysses()}
+_ON_A_MESH: dict[str, type[DoubleRing] | type[Ulysses]] = {"double_ring": DoubleRing, "hybrid": Ulysses}
+
+
+def heads_degree(schedule: Schedule, world: int) -> int:
+    """How many ranks trade heads with each other: 1 where none do."""
+    return _divisor(schedule, schedule.degree or world, world) if isinstance(schedule, Ulysses) else 1
+
+
+def ring_size(schedule: Inner, world: int) -> int:
+    """How many consecutive ranks form a ring: all of them, but for a double ring."""
+    return _divisor(schedule, schedule.degree, world) if isinstance(schedule, DoubleRing) else world
+
+
+def _divisor(schedule: DoubleRing | Ulysses, degree: int, world: int) -> int:
+    if world % degree:
+        kind = type(schedule).__name__
+        raise ValueError(f"{kind}(degree=): got {degree} for {world} ranks, expected a divisor of their number")
+    return degree
+
+
+def resolve_schedule(schedule: str | Schedule, inside: int | None = None) -> Schedule:
+    """The schedule that the ``schedule=`` of :func:`seqpar.plan` means; ``inside`` is a 2-D mesh's last axis."""
+    if isinstance(schedule, str) and schedule in _ON_A_MESH:
+        kind = _ON_A_MESH[schedule]
+        if inside is None:
+            raise ValueError(
+                f"schedule={schedule!r}: got a group of one axis, expected a 2-D DeviceMesh whose last axis is inside "
+                f"the node; pass one, or schedule=seqpar.{kind.__name__}(degree=...)"
+            )
+        return kind(degree=inside)
+    if isinstance(schedule, str) and schedule in _NAMED:
+        return _NAMED[schedule]
+    if not isinstance(schedule, Schedule):
+        names = ", ".join([*_NAMED, *_ON_A_MESH])
+        expected = f"one of {names}, or a seqpar.Ring, DoubleRing, AllGather or Ulysses object"
         raise ValueError(f"schedule: got {schedule!r}, expected {expected}")
     return schedule

@@ -119,9 +119,9 @@ def _check(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ke
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{name}: got batch {x.shape[0]}, expected q's {q.shape[0]}; expand it")
     for name, x, expected in (
-        ("q", q, len(plan.work.queries)),
-        ("k", k, len(plan.work.keys)),
-        ("v", v, len(plan.work.keys)),
+        ("q", q, len(plan.queries)),
+        ("k", k, len(plan.keys)),
+        ("v", v, len(plan.keys)),
     ):
         if x.shape[1] != expected:
             raise ValueError(

@@ -4,7 +4,9 @@ from hypothesis every time."""
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,3 +23,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("seqpar")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--full-grid``, which takes some minutes more."""
+    parser.addoption("--full-grid", action="store_true", help="every mask x layout x schedule x ranks x head count")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many cases of the grid were held against the oracle."""
+    properties = [p for report in terminalreporter.getreports("passed") for p in report.user_properties]
+    cases = sum(value for name, value in properties if name == "grid_cases")
+    if cases:
+        terminalreporter.write_line(f"grid of masks, layouts, schedules, ranks and head counts: {cases:,} cases exact")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import seqpar
 from seqpar.comm import run_loopback
-from support.cases import HEADS, LAYOUTS, MASKS, fits, tensors
+from support.cases import HEADS, LAYOUTS, MASKS, SCHEDULES, fits, scheduled, tensors
 from support.jobs import attend
 from support.oracle import dense_attention, error
 from support.ranks import run_gloo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+HEAD_COUNTS = [(8, 8), (8, 2), (12, 2), (5, 5), (7, 1), (3, 3)]  # ranks do not divide them, or are more than they are
 GRID = [
     pytest.param(mask, layout, world, id=f"{mask}-{layout}-P{world}")
     for mask in MASKS
@@ -28,11 +31,11 @@ GRID = [
 
 @cache
 def oracle(
-    mask: str, heads: str, dtype: torch.dtype, value_dim: int = 16, sinks: bool = False, lse: bool = False
+    mask: str, heads: tuple[int, int], dtype: torch.dtype, value_dim: int = 16, sinks: bool = False, lse: bool = False
 ) -> dict[str, Tensor]:
     """out, lse and gradients in fp64, for inputs that were rounded to ``dtype``."""
     case = MASKS[mask]
-    inputs = {name: x.double() for name, x in tensors(case, HEADS[heads], dtype, value_dim=value_dim).items()}
+    inputs = {name: x.double() for name, x in tensors(case, heads, dtype, value_dim=value_dim).items()}
     leaves = {name: inputs[name].requires_grad_() for name in ("q", "k", "v", "sinks")}
     out, whole_lse = dense_attention(*list(leaves.values())[:3], case.dense(), leaves["sinks"] if sinks else None)
     objective = (out * inputs["dout"]).sum()
@@ -45,10 +48,10 @@ def oracle(
 
 
 @cache
-def torch_bf16_errors(mask: str, heads: str) -> dict[str, float]:
+def torch_bf16_errors(mask: str, heads: tuple[int, int]) -> dict[str, float]:
     """The errors of PyTorch's own bf16 attention on the same inputs."""
     case = MASKS[mask]
-    inputs = tensors(case, HEADS[heads], torch.bfloat16)
+    inputs = tensors(case, heads, torch.bfloat16)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
     out = scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in leaves), attn_mask=case.dense().unsqueeze(1), enable_gqa=True
@@ -73,17 +76,34 @@ def assert_exact(results: list[dict[str, Tensor]], expected: dict[str, Tensor], 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize(("mask", "layout", "world"), GRID)
 def test_every_mask_layout_and_world(mask: str, layout: str, world: int, dtype: torch.dtype) -> None:
-    for heads in HEADS:
-        inputs = tensors(MASKS[mask], HEADS[heads], dtype)
+    for heads in HEADS.values():
+        inputs = tensors(MASKS[mask], heads, dtype)
         results = run_loopback(world, attend, mask, layout, inputs)
         expected = oracle(mask, heads, dtype)
         assert_exact(results, expected, dict.fromkeys(expected, TOLERANCE[dtype]))
 
 
+@pytest.mark.parametrize(("schedule", "world"), scheduled(1, 2, 3, 4))
+@pytest.mark.parametrize(("mask", "layout"), [(m, layout) for m in MASKS for layout in LAYOUTS if fits(m, layout)])
+def test_the_grid(
+    mask: str, layout: str, schedule: str, world: int, pytestconfig: pytest.Config, record_property: Any
+) -> None:
+    """Every mask in every layout and schedule with all head counts (``--full-grid``), or with one of them each."""
+    counts = HEAD_COUNTS
+    if not pytestconfig.getoption("--full-grid"):
+        counts = [HEAD_COUNTS[zlib.crc32(f"{mask} {layout} {schedule} {world}".encode()) % len(HEAD_COUNTS)]]
+    for heads in counts:
+        inputs = tensors(MASKS[mask], heads, torch.float64, value_dim=12)
+        job = partial(attend, schedule=SCHEDULES[schedule], sinks=True, lse=True)
+        expected = oracle(mask, heads, torch.float64, value_dim=12, sinks=True, lse=True)
+        assert_exact(run_loopback(world, job, mask, layout, inputs), expected, dict.fromkeys(expected, 1e-10))
+    record_property("grid_cases", len(counts))
+
+
 @pytest.mark.parametrize(("mask", "layout", "world"), GRID)
 def test_bf16_within_pytorchs_own_error(mask: str, layout: str, world: int) -> None:
-    for heads in HEADS:
-        inputs = tensors(MASKS[mask], HEADS[heads], torch.bfloat16)
+    for heads in HEADS.values():
+        inputs = tensors(MASKS[mask], heads, torch.bfloat16)
         results = run_loopback(world, attend, mask, layout, inputs)
         own = torch_bf16_errors(mask, heads)
         bound = {name: (2.0 if name == "out" else 3.0) * own[name] for name in own}
@@ -91,27 +111,24 @@ def test_bf16_within_pytorchs_own_error(mask: str, layout: str, world: int) -> N
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
-@pytest.mark.parametrize("exchange", ["forward", "direct"])
+@pytest.mark.parametrize(("schedule", "world"), [*scheduled(3), ("double_ring", 4), ("hybrid", 4)])
 @pytest.mark.parametrize("value_dim", [16, 8, 24])
 @pytest.mark.parametrize("mask", ["causal", "batch_documents_window", "cross_causal"])
-def test_sinks_lse_and_value_dim(mask: str, value_dim: int, exchange: str, kernel: str) -> None:
+def test_sinks_lse_and_value_dim(mask: str, value_dim: int, schedule: str, world: int, kernel: str) -> None:
     inputs = tensors(MASKS[mask], HEADS["gqa"], torch.float64, value_dim=value_dim)
-    schedule = seqpar.Ring(exchange=exchange)
-    results = run_loopback(
-        3, lambda w: attend(w, mask, "zigzag", inputs, schedule=schedule, kernel=kernel, sinks=True, lse=True)
-    )
-    expected = oracle(mask, "gqa", torch.float64, value_dim, sinks=True, lse=True)
+    job = partial(attend, schedule=SCHEDULES[schedule], kernel=kernel, sinks=True, lse=True)
+    results = run_loopback(world, job, mask, "zigzag", inputs)
+    expected = oracle(mask, HEADS["gqa"], torch.float64, value_dim, sinks=True, lse=True)
     assert_exact(results, expected, dict.fromkeys(expected, 1e-10))
 
 
-@pytest.mark.parametrize("world", [5, 6, 7, 8])
-@pytest.mark.parametrize("exchange", ["forward", "direct"])
-def test_larger_worlds(world: int, exchange: str) -> None:
+@pytest.mark.parametrize(("schedule", "world"), scheduled(5, 6, 7, 8))
+def test_larger_worlds(world: int, schedule: str) -> None:
     inputs = tensors(MASKS["documents"], HEADS["gqa"], torch.float64)
-    job = partial(attend, schedule=seqpar.Ring(exchange=exchange))
+    job = partial(attend, schedule=SCHEDULES[schedule])
     for layout in ("document_zigzag", "explicit"):
         results = run_loopback(world, job, "documents", layout, inputs)
-        expected = oracle("documents", "gqa", torch.float64)
+        expected = oracle("documents", HEADS["gqa"], torch.float64)
         assert_exact(results, expected, dict.fromkeys(expected, 1e-10))
 
 
@@ -129,19 +146,24 @@ def test_head_shapes_of_the_field(heads: tuple[int, int], dims: tuple[int, int])
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["gloo", "strict"])
-@pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("mask", "layout", "exchange"),
-    [("causal", "zigzag", "forward"), ("batch_documents_window", "explicit", "direct")],
-    ids=["causal", "window"],
+    ("mask", "layout", "schedule", "world"),
+    [
+        *(("causal", "zigzag", "forward", world) for world in (2, 3, 4)),
+        *(("batch_documents_window", "explicit", "direct", world) for world in (2, 3, 4)),
+        ("documents", "zigzag", "allgather", 3),
+        ("documents", "striped", "ulysses", 3),
+        ("window", "zigzag", "hybrid", 4),
+        ("causal", "explicit", "double_ring", 4),
+    ],
 )
 def test_processes_give_what_threads_give_bit_for_bit(
-    mask: str, layout: str, exchange: str, world: int, strict: bool
+    mask: str, layout: str, schedule: str, world: int, strict: bool
 ) -> None:
     inputs = tensors(MASKS[mask], HEADS["gqa"], torch.float32)
-    ring = seqpar.Ring(exchange=exchange)
-    threads = run_loopback(world, lambda w: attend(w, mask, layout, inputs, schedule=ring))
-    processes = run_gloo(world, partial(attend, schedule=ring), mask, layout, inputs, strict=strict)
+    job = partial(attend, schedule=SCHEDULES[schedule])
+    threads = run_loopback(world, job, mask, layout, inputs)
+    processes = run_gloo(world, job, mask, layout, inputs, strict=strict)
     for one, other in zip(threads, processes, strict=True):
         for name in ("out", "lse", "q", "k", "v"):
             torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
@@ -157,7 +179,7 @@ def test_the_same_bits_every_time() -> None:
 
 def test_gradients_on_a_bf16_wire_are_added_in_fp32() -> None:
     inputs = tensors(MASKS["causal"], HEADS["gqa"], torch.float32)
-    expected = oracle("causal", "gqa", torch.float32)
+    expected = oracle("causal", HEADS["gqa"], torch.float32)
     exact, rounded = (
         run_loopback(4, lambda w, g=wire: attend(w, "causal", "zigzag", inputs, schedule=seqpar.Ring("forward", g)))[0]
         for wire in ("fp32", "bf16")

@@ -46,7 +46,11 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     q, k, v = (torch.randn(1, 7, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     plan = causal(7)
     for sinks in (None, torch.randn(4, requires_grad=True)):
-        torch.library.opcheck(torch.ops.seqpar.attention.default, (q, k, v, sinks, plan.handle, 0.3, "auto"))
+        torch.library.opcheck(torch.ops.seqpar.attention.default, (q, k, v, sinks, plan.handle, 0.3, "auto", True))
+    # What its fake promises to a compiler, whatever the strides and head dims of the inputs.
+    q, k, v = (torch.randn(1, heads, 7, 8).transpose(1, 2) for heads in (4, 2, 2))
+    for value in (v, v[..., :5]):
+        torch.library.opcheck(torch.ops.seqpar.attention.default, (q, k, value, None, plan.handle, 0.3, "auto", True))
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -107,10 +111,10 @@ def test_a_sink_of_minus_infinity_over_no_keys() -> None:
     assert torch.equal(grad, torch.zeros(2))
 
 
-def test_a_mesh_axis_is_a_group() -> None:
-    for _, errors in run_gloo(4, on_mesh_axes):
-        assert len(errors) == 1
-        assert "2-D mesh ('dp', 'sp'), expected one axis; pass mesh[name]" in errors[0]
+def test_one_axis_of_a_mesh_is_a_group_and_two_are_a_hybrids() -> None:
+    for refused in run_gloo(4, on_mesh_axes):
+        assert "3-D mesh ('dp', 'node', 'sp'), expected one or two axes; pass mesh[names]" in refused["cube"]
+        assert "got a group of one axis, expected a 2-D DeviceMesh" in refused["axis"]
 
 
 def test_autograd_keeps_the_plan_alive() -> None:

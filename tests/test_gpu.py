@@ -75,7 +75,7 @@ CONFIGURED = configured()
 @pytest.mark.parametrize("rows", ["shared", "per_both"])
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_every_configuration(name: str, rows: str) -> None:
-    """Ragged intervals with empty rows, continued from block to block, with dlse, and several query heads on a KV head."""
+    """Ragged intervals with empty rows, continued from block to block, with dlse, and several heads on a KV head."""
     use, dtype, dim = CONFIGURED[name]
     heads = 12 if use == "few" else 4  # its queries fill a tile with all the heads of a KV head
     check(use, dtype, Shape(heads=heads, kv_heads=2, dim=dim, value_dim=dim), rows)

@@ -168,7 +168,7 @@ def test_models_that_would_take_a_rank_for_the_whole_are_refused_on_every_rank(
 ) -> None:
     def job(world: World) -> str:
         plan = seqpar.plan(seqpar.Causal(), length=LENGTH, group=world, layout="contiguous")
-        count = len(plan.work.queries)
+        count = len(plan.queries)
         query, key = torch.randn(1, 6, count, 16), torch.randn(1, 2, count, 16)
         layer = nn.Module()
         layer.config, layer.layer_idx = SimpleNamespace(**config), 0

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import seqpar
-from seqpar import Causal, Documents, Full, Mask, Ring, SlidingWindow
-from seqpar.itinerary import Itinerary, itinerary
+from seqpar import AllGather, Causal, Documents, DoubleRing, Full, Mask, Ring, SlidingWindow
+from seqpar.itinerary import Itinerary, itinerary, ring_order
 from support.cases import MaskCase
 from support.strategies import mask_cases
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "document_zigzag", "explicit")
-EXCHANGES = ("forward", "direct")
+EXCHANGES = ("forward", "direct", "gather")
 
 
 class Case(NamedTuple):
@@ -39,7 +39,7 @@ def itineraries(
     kv_length: int | None = None,
     exchange: str = "auto",
 ) -> list[Itinerary]:
-    schedule = Ring(exchange)
+    schedule = AllGather() if exchange == "gather" else Ring(exchange)
     return [itinerary(mask, layout, schedule, length, kv_length or length, world, rank) for rank in range(world)]
 
 
@@ -67,7 +67,9 @@ def test_all_ranks_together_compute_every_pair_once(exchange: str) -> None:
     def check(case: Case) -> None:
         computed = torch.zeros(case.mask.dense().shape, dtype=torch.int64)
         for work in case.ranks:
-            assert [block.source for block in work.blocks] == [(work.rank - t) % case.world for t in range(case.world)]
+            sources = [(work.rank - t) % case.world for t in range(case.world)]
+            together = [work.rank, *([None] if case.world > 1 else [])]
+            assert [block.source for block in work.blocks] == (together if exchange == "gather" else sources)
             for block in work.blocks:
                 start, end = (bound.squeeze(1) for bound in (block.intervals.start, block.intervals.end))
                 assert start.dtype == end.dtype == torch.int32
@@ -98,15 +100,42 @@ def test_direct_sends_what_arrives_and_only_what_is_seen(case: Case) -> None:
             rows = sender.sent_rows[reader.rank]
             sent = sender.keys.tensor if rows is None else sender.keys.tensor[rows]
             assert block.keys.tensor.tolist() == sent.tolist() == needed_keys(case, reader.rank, block.source)
-            assert reader.arriving_rows[block.source] == len(sent)
         assert reader.blocks[0].keys == reader.keys
+
+
+@given(cases("gather"))
+def test_gathering_brings_all_others_in_order(case: Case) -> None:
+    for reader in case.ranks:
+        for block in reader.blocks[1:]:
+            gathered = torch.full((len(block.keys),), -1)
+            for owner in case.ranks:
+                if owner is not reader:
+                    gathered[reader.places[owner.rank]] = owner.keys.tensor
+            assert torch.equal(gathered, block.keys.tensor)
 
 
 @given(cases("forward"))
 def test_forward_brings_every_shard_whole(case: Case) -> None:
     for reader in case.ranks:
         assert [block.keys for block in reader.blocks] == [case.ranks[block.source].keys for block in reader.blocks]
-        assert reader.arriving_rows == [len(work.keys) for work in case.ranks]
+
+
+def test_a_double_ring_goes_around_each_node_before_the_next() -> None:
+    assert ring_order(4, world=6, inside=3) == [4, 3, 5, 1, 0, 2]
+    assert ring_order(3, world=6, inside=2) == [3, 2, 1, 0, 5, 4]
+    assert ring_order(2, world=4, inside=4) == ring_order(2, world=4, inside=1) == [2, 1, 0, 3]
+
+
+@pytest.mark.parametrize(("world", "inside"), [(6, 3), (6, 2), (8, 4), (4, 1)])
+def test_a_double_ring_sends_as_much_as_a_ring_and_little_of_it_between_nodes(world: int, inside: int) -> None:
+    ranks = [itinerary(Causal(), "zigzag", DoubleRing(inside), 97, 97, world, rank) for rank in range(world)]
+    for rank, work in enumerate(ranks):
+        near, far = ranks[rank - rank % inside + (rank + 1) % inside], ranks[(rank + inside) % world]
+        arriving = [len(block.keys) for n, block in enumerate(near.blocks) if n % inside]
+        arriving += [len(block.keys) for n, block in enumerate(far.blocks) if n and n % inside == 0]
+        assert work.messages(rank, grads=False) == arriving
+        assert len(arriving) == world - 1
+        assert work.messages(rank, grads=True) == [len(block.keys) for block in work.blocks[1:]]
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -131,14 +160,18 @@ def test_messages_are_the_blocks_that_travel(exchange: str) -> None:
             return [len(block.keys) for block in blocks if len(block.keys)]
 
         for rank, work in enumerate(case.ranks):
-            following = case.ranks[(rank + 1) % case.world]
-            sent = {
-                "forward": following.blocks[1:],  # everything that the next rank gets comes from here
-                "direct": [case.ranks[(rank + t) % case.world].blocks[t] for t in range(1, case.world)],
-            }[exchange]
+            others = [case.ranks[(rank - t) % case.world] for t in range(1, case.world)]
+            sent, returned = [], work.blocks[1:]
+            if exchange == "forward":
+                sent = case.ranks[(rank + 1) % case.world].blocks[1:]  # all that the next rank gets comes from here
+            elif exchange == "direct":
+                sent = [case.ranks[(rank + t) % case.world].blocks[t] for t in range(1, case.world)]
+                returned = [case.ranks[rank].blocks[case.world - t] for t in range(1, case.world)]
+            else:
+                sent, returned = [work] * (case.world - 1), others
             for known_to in case.ranks:
                 assert known_to.messages(rank, grads=False) == rows(sent)
-                assert known_to.messages(rank, grads=True) == rows(work.blocks[1:])
+                assert known_to.messages(rank, grads=True) == rows(returned)
 
     check()
 
@@ -175,7 +208,7 @@ def test_a_sliding_window_moves_only_its_halo() -> None:
 @pytest.mark.parametrize("grads", [False, True], ids=["kv", "grads"])
 def test_direct_moves_a_quarter_less_on_causal_zigzag(world: int, grads: bool) -> None:
     length = 2 * world * 16
-    forward, direct = (itineraries(Causal(), "zigzag", world, length, exchange=e)[0] for e in EXCHANGES)
+    forward, direct = (itineraries(Causal(), "zigzag", world, length, exchange=e)[0] for e in ("forward", "direct"))
     ring, less = (sum(sum(work.messages(rank, grads=grads)) for rank in range(world)) for work in (forward, direct))
     assert ring == (world - 1) * length
     assert 4 * less == 3 * ring
@@ -197,7 +230,8 @@ def test_direct_moves_a_quarter_less_on_causal_zigzag(world: int, grads: bool) -
 def test_auto_spares_the_busiest_rank(mask: Mask, layout: str, world: int, expected: str) -> None:
     assert {work.exchange for work in itineraries(mask, layout, world, length=64)} == {expected}
     if world > 2:
-        forward, direct = (busiest(itineraries(mask, layout, world, length=64, exchange=e)) for e in EXCHANGES)
+        moved = (itineraries(mask, layout, world, length=64, exchange=e) for e in ("forward", "direct"))
+        forward, direct = map(busiest, moved)
         assert expected == ("direct" if direct < forward else "forward")
 
 

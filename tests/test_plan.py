@@ -237,10 +237,10 @@ def test_a_plan_that_is_gone_is_missed_clearly() -> None:
     plan = seqpar.plan(Causal(), length=4)
     handle = plan.handle
     assert registry.find(handle) is plan
-    torch.ops.seqpar.attention(q, q, q, None, handle, 0.5, "auto")
+    torch.ops.seqpar.attention(q, q, q, None, handle, 0.5, "auto", True)
     del plan
     with pytest.raises(ValueError, match="the plan of this attention call is gone, expected it alive; keep a ref"):
-        torch.ops.seqpar.attention(q, q, q, None, handle, 0.5, "auto")
+        torch.ops.seqpar.attention(q, q, q, None, handle, 0.5, "auto", True)
 
 
 def test_the_graph_keeps_the_plan_until_backward() -> None:
@@ -300,7 +300,10 @@ def test_ranks_that_disagree(field: str, mine: dict, theirs: dict) -> None:
         ({"mask": Documents([0, 7])}, "ends at 7, expected 8, the plan's number of tokens"),
         ({"layout": "diagonal"}, "layout: got 'diagonal'"),
         ({"layout": [[0, 1], [2, 3]]}, "layout: queries hold 4 positions"),
-        ({"schedule": "bus"}, "schedule: got 'bus', expected one of ring, or a seqpar.Ring"),
+        (
+            {"schedule": "bus"},
+            "schedule: got 'bus', expected one of ring, allgather, ulysses, double_ring, hybrid, or",
+        ),
         ({"heads": (6, 4)}, r"heads: got \(6, 4\), expected query heads to be a multiple of KV heads"),
         ({"head_dim": 0}, "head_dim: got 0, expected a positive integer"),
         ({"dtype": torch.int8}, "dtype: got torch.int8, expected one of float64, float32"),

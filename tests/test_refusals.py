@@ -24,7 +24,10 @@ PLANS: Cases = {
     "no tokens": ({"length": 0}, r"length: got 0, expected a positive number of tokens"),
     "not a mask": ({"mask": "causal"}, r"mask: got 'causal', expected a mask such as seqpar.Causal\(\)"),
     "layout": ({"layout": "zigzagged"}, r"layout: got 'zigzagged', expected one of contiguous, zigzag, striped"),
-    "schedule": ({"schedule": "rings"}, r"schedule: got 'rings', expected one of ring, or a seqpar.Ring"),
+    "schedule": (
+        {"schedule": "rings"},
+        r"schedule: got 'rings', expected one of ring, allgather, ulysses, double_ring, hybrid",
+    ),
     "cu_seqlens too long": (
         {"mask": seqpar.Documents([0, 4, 9])},
         r"cu_seqlens of batch row 0 ends at 9, expected 8, the plan's number of tokens; give padding a document",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import seqpar
 from seqpar.comm import Traffic, World, run_loopback
-from support.cases import HEADS, LAYOUTS, MASKS, MaskCase, fits, layout_of, tensors
+from support.cases import HEADS, LAYOUTS, MASKS, SCHEDULES, MaskCase, fits, layout_of, scheduled, tensors
 from support.jobs import attend
 
 EVEN = 64
@@ -23,7 +24,7 @@ def measured(
     layout: str,
     heads: tuple[int, int],
     dtype: torch.dtype,
-    ring: seqpar.Ring,
+    schedule: Any,
     value_dim: int = 16,
 ) -> list[tuple[dict[str, Traffic], dict[str, Traffic], dict[str, Traffic]]]:
     """Per rank: what the plan says, what forward sent, what forward and backward sent."""
@@ -37,40 +38,62 @@ def measured(
             kv_length=case.kv_length,
             group=w,
             layout=layout_of(case, layout, world),
-            schedule=ring,
+            schedule=schedule,
         )
         predicted = plan.traffic(batch=2, heads=heads, head_dim=(16, value_dim), dtype=dtype)
-        result = attend(w, mask, layout, inputs, schedule=ring)
+        result = attend(w, mask, layout, inputs, schedule=schedule)
         return predicted, result["forward"], result["both"]
 
     return run_loopback(world, job)
 
 
-@pytest.mark.parametrize("exchange", ["forward", "direct"])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(("schedule", "world"), scheduled(1, 2, 3, 4))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_sent_is_what_the_plan_says(layout: str, world: int, exchange: str) -> None:
+def test_what_is_sent_is_what_the_plan_says(layout: str, world: int, schedule: str) -> None:
     for mask in MASKS:
         if not fits(mask, layout):
             continue
-        for wire in ("fp32", "bf16"):
-            ring = seqpar.Ring(exchange, wire)
-            for predicted, forward, both in measured(world, mask, layout, HEADS["gqa"], torch.bfloat16, ring, 8):
-                none = Traffic(0, 0)
-                kv, again, grad = forward.get("kv", none), both.get("kv", none), both.get("grad", none)
-                assert predicted["forward"] == kv
-                assert again == (2 * kv.calls, 2 * kv.bytes)
-                assert predicted["backward"] == (kv.calls + grad.calls, kv.bytes + grad.bytes)
+        given = SCHEDULES[schedule]
+        for how in (given, replace(given, grad_wire="bf16")) if hasattr(given, "grad_wire") else (given,):
+            for predicted, forward, both in measured(world, mask, layout, HEADS["gqa"], torch.bfloat16, how, 8):
+                assert predicted["forward"] == total(forward)
+                assert sums(predicted["forward"], predicted["backward"]) == total(both)
+
+
+def sums(*traffic: Traffic) -> Traffic:
+    return Traffic(sum(t.calls for t in traffic), sum(t.bytes for t in traffic))
+
+
+def total(sent: dict[str, Traffic]) -> Traffic:
+    """Of everything that belongs to attention without lse."""
+    return sums(*(sent.get(kind, Traffic(0, 0)) for kind in ("kv", "grad", "trade", "out", "dout")))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=str)
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_closed_form_of_the_ring(world: int, heads: tuple[int, int]) -> None:
+def test_the_closed_form_of_ulysses(world: int, heads: tuple[int, int]) -> None:
+    """Per rank and batch row, 16-bit: 4(eta + kappa)T(P-1)/P each way, while there are as many KV heads as ranks."""
+    even = replace(MASKS["causal"], length=EVEN, kv_length=EVEN)
+    with patch.dict(MASKS, causal=even):
+        for predicted, forward, both in measured(world, "causal", "zigzag", heads, torch.bfloat16, seqpar.Ulysses()):
+            kappa = max(heads[1], world)  # KV heads repeat beyond
+            expected = 2 * 4 * (heads[0] + kappa) * 16 * (EVEN // world) * (world - 1) // world
+            assert total(forward) == predicted["forward"] == (2 * (world - 1), expected)
+            assert total(both).bytes == 2 * expected
+            assert forward["lse"].bytes == 2 * 4 * heads[0] * (EVEN // world) * (world - 1) // world
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("schedule", ["forward", "allgather"])
+def test_the_closed_form(schedule: str, world: int, heads: tuple[int, int]) -> None:
     """Per rank and batch row, 16-bit: 4(P-1)kT forward; 12(P-1)kT backward, 8(P-1)kT with bf16 on the wire."""
     even = replace(MASKS["causal"], length=EVEN, kv_length=EVEN)
     with patch.dict(MASKS, causal=even):
         for wire, factor in (("fp32", 12), ("bf16", 8)):
-            results = measured(world, "causal", "zigzag", heads, torch.bfloat16, seqpar.Ring("forward", wire))
+            results = measured(
+                world, "causal", "zigzag", heads, torch.bfloat16, replace(SCHEDULES[schedule], grad_wire=wire)
+            )
             for predicted, forward, both in results:
                 unit = 2 * (world - 1) * heads[1] * 16 * EVEN // world  # batch x (P-1) x kappa x T
                 assert forward["kv"] == predicted["forward"] == (world - 1, 4 * unit)

@@ -70,6 +70,10 @@ MASKS = {
 }
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "document_zigzag", "explicit")
+SCHEDULES = {"forward": seqpar.Ring("forward"), "direct": seqpar.Ring("direct"), "allgather": seqpar.AllGather()}
+SCHEDULES |= {"double_ring": seqpar.DoubleRing(degree=2)}
+SCHEDULES |= {"ulysses": seqpar.Ulysses(), "hybrid": seqpar.Ulysses(seqpar.Ring("direct"), degree=2)}
+IN_PAIRS = ("double_ring", "hybrid")  # of two ranks
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}
 
 
@@ -77,6 +81,11 @@ def fits(mask: str, layout: str) -> bool:
     """Whether a layout can hold a mask: dealing by document needs one list of documents."""
     documents = MASKS[mask].mask.documents
     return layout != "document_zigzag" or (documents is not None and len(documents.queries) == 1)
+
+
+def scheduled(*worlds: int) -> list[tuple[str, int]]:
+    """Every schedule on each number of ranks that it can share a sequence between: blocks of two want an even one."""
+    return [(s, world) for s in SCHEDULES for world in worlds if s not in IN_PAIRS or world % 2 == 0]
 
 
 def layout_of(case: MaskCase, layout: str, world: int) -> Any:

@@ -97,8 +97,8 @@ class CountForwards(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def on_mesh_axes(world: World) -> tuple[Tensor, list[str]]:
-    """Attention over the second axis of a 2 x 2 mesh, and what a 2-D mesh is told."""
+def on_mesh_axes(world: World) -> dict[str, Any]:
+    """Attention over the second axis of a 2 x 2 mesh, over both axes, and what a 3-D mesh is told."""
     mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("dp", "sp"))
     plan = seqpar.plan(seqpar.Causal(), length=9, group=mesh["sp"])
     torch.manual_seed(mesh["dp"].get_local_rank())
@@ -106,9 +106,16 @@ def on_mesh_axes(world: World) -> tuple[Tensor, list[str]]:
     out = plan.unshard(seqpar.attention(*[plan.shard(x)] * 3, plan))
     alone = seqpar.attention(x, x, x, seqpar.plan(seqpar.Causal(), length=9))
     torch.testing.assert_close(out, alone)
-    errors = []
-    try:
-        seqpar.plan(seqpar.Causal(), length=9, group=mesh)
-    except ValueError as error:
-        errors.append(str(error))
-    return out, errors
+    hybrid = seqpar.plan(seqpar.Causal(), length=9, group=mesh, schedule="hybrid")
+    assert hybrid.schedule == seqpar.Ulysses(degree=world.size // 2)
+    x = torch.randn(1, 9, 5, 8, generator=torch.Generator().manual_seed(0))
+    both = hybrid.unshard(seqpar.attention(*[hybrid.shard(x)] * 3, hybrid))
+    torch.testing.assert_close(both, seqpar.attention(x, x, x, seqpar.plan(seqpar.Causal(), length=9)))
+    cube = init_device_mesh("cpu", (1, 2, world.size // 2), mesh_dim_names=("dp", "node", "sp"))
+    refused = {}
+    for name, arguments in {"cube": {"group": cube}, "axis": {"group": mesh["sp"], "schedule": "hybrid"}}.items():
+        try:
+            seqpar.plan(seqpar.Causal(), length=9, **arguments)
+        except ValueError as error:
+            refused[name] = str(error)
+    return refused

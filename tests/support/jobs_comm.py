@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from seqpar.comm import DirectExchange, Exchange, KeyValues, RingExchange, Traffic, World, agree, connect
+from seqpar.itinerary import ring_order
 
 # K and V of the exchanges' tests: batch, KV heads, head dims; and how many rows each rank holds.
 BATCH, HEADS, DIMS = 2, 2, (3, 2)
@@ -79,9 +80,9 @@ def misbehave(world: World, fault: str) -> Tensor:
             else:
                 world.start([(peer, out[:2].clone())], [(peer, into[:2].clone())], kind).wait()
     elif fault == "order_of_equals":
-        transfers = [world.start([(peer, out)], [(peer, into.clone())], "kv") for _ in range(2)]
-        for transfer in reversed(transfers) if first else transfers:
-            transfer.wait()
+        if first:  # a call that the other rank does not make
+            world.start([], [], "kv").wait()
+        world.start([(peer, out)], [(peer, into)], "kv").wait()
     elif fault == "overwritten":
         transfer = world.start([(peer, out)], [(peer, into)], "kv")
         if first:
@@ -150,18 +151,19 @@ def exchange(
     """One backward's pass: the K and V of each step, and the gradient that came home."""
     k, v = shard(world.rank)
     made: Exchange
-    if kind == "forward":
-        arriving = list(ROWS[: world.size])
-        made = RingExchange(world, k, v, arriving, grad_wire)
-    else:
-        arriving = [len(kept_rows(owner, world.rank)) for owner in range(world.size)]
-        arriving[world.rank] = ROWS[world.rank]
+    inside = 2 if kind == "double" else world.size
+    sources = ring_order(world.rank, world.size, inside)
+    rows = [ROWS[source] for source in sources]
+    if kind == "direct":
+        rows[1:] = [len(kept_rows(owner, world.rank)) for owner in sources[1:]]
         sent = [torch.tensor(kept_rows(world.rank, reader), dtype=torch.int64) for reader in range(world.size)]
-        made = DirectExchange(world, k, v, arriving, grad_wire, [None if len(x) == len(k[0]) else x for x in sent])
+        needed = [None if len(x) == len(k[0]) else x for x in sent]
+        made = DirectExchange(world, k, v, sources, rows, grad_wire, needed)
+    else:
+        made = RingExchange(world, k, v, sources, rows, grad_wire, inside)
     steps = []
-    for step, (key, value) in enumerate(made):
+    for owner, num_rows, (key, value) in zip(sources, rows, made, strict=True):
         steps.append((key.clone(), value.clone()))
-        owner = (world.rank - step) % world.size
-        message = gradient(world.rank, owner, arriving[owner])
-        made.give_back(KeyValues.carve(message, k, v, arriving[owner]))
+        message = gradient(world.rank, owner, num_rows)
+        made.give_back(KeyValues.carve(message, k, v, num_rows))
     return steps, made.home(), dict(world.meter.by_kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def refusal(world: World, what: str) -> str | None:
     x = torch.zeros(1, 8, 2, 8)
     if what == "call":
         plan = seqpar.plan(seqpar.Causal(), length=8)
-        plan.world = world
+        plan.world, held = world, plan.layout
+        plan.layout = replace(held, queries=held.queries * 2, keys=held.keys * 2)
         try:
             seqpar.attention(x, x, x, plan)
         except ValueError as error:

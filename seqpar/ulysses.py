@@ -1,0 +1,122 @@
+"""Ulysses: tokens are traded for heads, an inner schedule attends, and heads are traded back.
+
+Over one group the inner schedule has a single rank, which holds every token of its heads; over blocks of a group it is
+a ring (or another schedule) between blocks, and the whole a hybrid (Fang & Zhao 2024).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar.comm import Dealt, to_heads, to_tokens
+from seqpar.kernels import Kernel, OutputGradient
+
+from . import ring
+from .dealing import Hands, deal_heads
+
+if TYPE_CHECKING:
+    from .planning import Plan, Trade
+
+
+class Traded(NamedTuple):
+    """What the backward needs of the forward: this rank's heads of all tokens; lse fp32 (fp64)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def forward(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: Kernel,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor, Traded]:  # fmt: skip
+    """q ``[B, T, H, D]`` and k, v ``[B, T, Hkv, D]`` are this rank's tokens; so are out and lse. Dual: backward."""
+    trade = _trade(plan)
+    hands, tokens, keys = _dealing(plan, q, k)
+    q_dealt, k_dealt, v_dealt = to_heads(trade.world, (q, k, v), (tokens, keys, keys), "trade")
+    my_sinks = None if sinks is None else sinks[hands.queries[trade.world.rank]]
+    index = _repeats(hands, plan, q.device)
+    key, value = (_repeat(x, index) for x in (k_dealt, v_dealt))
+    partial = ring.forward(trade.plan, q_dealt, key, value, my_sinks, scale, kernel)
+    their_out = partial.out.to(q.dtype)
+    (out,) = to_tokens(trade.world, (their_out,), (tokens,), (q.shape[2],), "out")
+    lse = partial.lse.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)  # nobody asked for it
+    if wants_lse:
+        (column,) = to_tokens(trade.world, (_column(partial.lse),), (tokens,), (q.shape[2],), "lse")
+        lse = _row(column)
+    return out, lse, Traded(q_dealt, k_dealt, v_dealt, their_out, partial.lse)
+
+
+def backward(
+    plan: Plan, dout: Tensor, dlse: Tensor | None, flat: list[Tensor], q: Tensor, k: Tensor, v: Tensor,
+    sinks: Tensor | None, scale: float, kernel: Kernel,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of this rank's tokens, and its part of dsinks (empty without sinks); ``flat`` is what was traded."""
+    trade = _trade(plan)
+    hands, tokens, keys = _dealing(plan, q, k)
+    traded = _unflatten(flat, q, v, tokens, keys, trade.world.rank)
+    (dout,) = to_heads(trade.world, (dout,), (tokens,), "dout")
+    if dlse is not None:
+        dlse = _row(to_heads(trade.world, (_column(dlse),), (tokens,), "dlse")[0])
+    grad = OutputGradient(traded.out, traded.lse, dout, dlse)
+    index = _repeats(hands, plan, q.device)
+    key, value = (_repeat(x, index) for x in (traded.k, traded.v))
+    dq, *repeated = ring.backward(trade.plan, grad, traded.q, key, value, scale, kernel)
+    dk, dv = (g.new_zeros(x.shape).index_add_(2, index, g) for x, g in zip((traded.k, traded.v), repeated, strict=True))
+    grads = [g.to(q.dtype) for g in (dq, dk, dv)]
+    num_heads = q.shape[2], k.shape[2], k.shape[2]
+    dq, dk, dv = to_tokens(trade.world, grads, (tokens, keys, keys), num_heads, "trade")
+    if sinks is None:
+        return dq, dk, dv, q.new_empty(0)
+    mine, dsinks = hands.queries[trade.world.rank], torch.zeros_like(sinks)
+    dsinks[mine] = ring.sinks_gradient(grad, sinks[mine]).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+def _unflatten(flat: list[Tensor], q: Tensor, v: Tensor, tokens: Dealt, keys: Dealt, rank: int) -> Traded:
+    num_tokens, num_keys = (sum(map(len, dealt.places)) for dealt in (tokens, keys))
+    heads, kv_heads = (dealt.heads[rank].stop - dealt.heads[rank].start for dealt in (tokens, keys))
+    batch, dim, value_dim = q.shape[0], q.shape[3], v.shape[3]
+    return Traded(
+        flat[0].view(batch, num_tokens, heads, dim),
+        flat[1].view(batch, num_keys, kv_heads, dim),
+        flat[2].view(batch, num_keys, kv_heads, value_dim),
+        flat[3].view(batch, num_tokens, heads, value_dim),
+        flat[4].view(batch, heads, num_tokens),
+    )
+
+
+def _trade(plan: Plan) -> Trade:
+    assert plan.trade is not None, "this plan trades no heads"
+    return plan.trade
+
+
+def _dealing(plan: Plan, q: Tensor, k: Tensor) -> tuple[Hands, Dealt, Dealt]:
+    """How query heads and KV heads are dealt, and where the tokens of each rank stand among those traded."""
+    trade = _trade(plan)
+    hands = deal_heads(q.shape[2], k.shape[2], trade.world.size)
+    queries, keys = trade.places(q.device)
+    return hands, Dealt(hands.queries, queries), Dealt(hands.keys, keys)
+
+
+def _repeat(x: Tensor, index: Tensor) -> Tensor:
+    """K or V with every KV head as often as kernels need it to have the same number of query heads for each."""
+    return x if len(index) == x.shape[2] else x.index_select(2, index)
+
+
+def _repeats(hands: Hands, plan: Plan, device: torch.device) -> Tensor:
+    return torch.tensor(hands.repeats[_trade(plan).world.rank], dtype=torch.int64, device=device)
+
+
+def _column(lse: Tensor) -> Tensor:
+    """``[B, H, T]`` as ``[B, T, H, 1]``, as tensors of tokens are."""
+    return lse.transpose(1, 2).unsqueeze(-1)
+
+
+def _row(lse: Tensor) -> Tensor:
+    return lse.squeeze(-1).transpose(1, 2).contiguous()

@@ -30,18 +30,22 @@ class Dealt(NamedTuple):
 
 def to_heads(world: World, tensors: Sequence[Tensor], dealing: Sequence[Dealt], kind: str) -> list[Tensor]:
     """From this rank's tokens ``[B, T, H, D]`` of each tensor to its heads of all tokens; tensors of one dtype."""
-    received = _swap(
-        world,
-        lambda peer: [x[:, :, dealt.heads[peer]] for x, dealt in zip(tensors, dealing, strict=True)],
-        lambda peer: [dealt.shape(x, peer, world.rank) for x, dealt in zip(tensors, dealing, strict=True)],
-        kind,
-    )
+    both = list(zip(tensors, dealing, strict=True))
+
+    def pack(peer: int, into: list[Tensor]) -> None:
+        for (x, dealt), part in zip(both, into, strict=True):
+            part.copy_(x[:, :, dealt.heads[peer]])
+
+    sent = [[dealt.shape(x, world.rank, peer) for x, dealt in both] for peer in range(world.size)]
+    arriving = [[dealt.shape(x, peer, world.rank) for x, dealt in both] for peer in range(world.size)]
+    received = _swap(world, pack, sent, arriving, tensors[0], kind)
     merged = []
-    for i, (x, dealt) in enumerate(zip(tensors, dealing, strict=True)):
+    for i, (x, dealt) in enumerate(both):
         batch, _, heads, dim = dealt.shape(x, world.rank, world.rank)
         whole = x.new_empty(batch, sum(map(len, dealt.places)), heads, dim)
         for rank, places in enumerate(dealt.places):
-            whole.index_copy_(1, places, received[rank][i])
+            part = x[:, :, dealt.heads[rank]] if rank == world.rank else received[rank][i]
+            whole.index_copy_(1, places, part)
         merged.append(whole)
     return merged
 
@@ -53,41 +57,56 @@ def to_tokens(
 
     Heads that several ranks had are added, in fp32 at least and in the order of ranks.
     """
-    received = _swap(
-        world,
-        lambda peer: [x.index_select(1, dealt.places[peer]) for x, dealt in zip(tensors, dealing, strict=True)],
-        lambda peer: [dealt.shape(x, world.rank, peer) for x, dealt in zip(tensors, dealing, strict=True)],
-        kind,
-    )
+    both = list(zip(tensors, dealing, strict=True))
+
+    def pack(peer: int, into: list[Tensor]) -> None:
+        for (x, dealt), part in zip(both, into, strict=True):
+            torch.index_select(x, 1, dealt.places[peer], out=part)
+
+    sent = [[dealt.shape(x, peer, world.rank) for x, dealt in both] for peer in range(world.size)]
+    arriving = [[dealt.shape(x, world.rank, peer) for x, dealt in both] for peer in range(world.size)]
+    received = _swap(world, pack, sent, arriving, tensors[0], kind)
     whole = []
-    for i, (x, dealt, heads) in enumerate(zip(tensors, dealing, num_heads, strict=True)):
+    for i, ((x, dealt), heads) in enumerate(zip(both, num_heads, strict=True)):
         batch, tokens, _, dim = dealt.shape(x, world.rank, world.rank)
-        repeated = sum(part.stop - part.start for part in dealt.heads) > heads
-        dtype = torch.promote_types(x.dtype, torch.float32) if repeated else x.dtype
-        mine = x.new_zeros(batch, tokens, heads, dim, dtype=dtype)
-        for rank, part in enumerate(dealt.heads):
-            mine[:, :, part] += received[rank][i]
+        parts = [part[i] for part in received]
+        parts[world.rank] = x.index_select(1, dealt.places[world.rank])
+        if sum(part.stop - part.start for part in dealt.heads) == heads:
+            whole.append(torch.cat(parts, 2))
+            continue
+        mine = x.new_zeros(batch, tokens, heads, dim, dtype=torch.promote_types(x.dtype, torch.float32))
+        for dealt_to, part in zip(dealt.heads, parts, strict=True):
+            mine[:, :, dealt_to] += part
         whole.append(mine.to(x.dtype))
     return whole
 
 
-Parts = Callable[[int], list[Tensor]]
-Shapes = Callable[[int], list[tuple[int, ...]]]
+Shapes = Sequence[Sequence[tuple[int, ...]]]  # by rank, of each tensor's part
 
 
-def _swap(world: World, parts: Parts, shapes: Shapes, kind: str) -> list[list[Tensor]]:
-    """``parts(peer)`` goes to each peer as one message, and comes from each as ``shapes(peer)``; by rank."""
-    others = [(world.rank + step) % world.size for step in range(1, world.size)]
+def _swap(
+    world: World,
+    pack: Callable[[int, list[Tensor]], None],
+    sent: Shapes,
+    arriving: Shapes,
+    like: Tensor,
+    kind: str,
+) -> list[list[Tensor]]:
+    """One message to each peer, which ``pack`` fills, and one from each; by rank, nothing for this one."""
     sends, receives = [], []
-    dtype = parts(world.rank)[0].dtype
-    for peer in others:
-        sends.append((peer, torch.cat([part.reshape(-1) for part in parts(peer)])))
-        length = sum(math.prod(shape) for shape in shapes(peer))
-        receives.append((peer, sends[-1][1].new_empty(length, dtype=dtype)))
-    transfer = world.start(sends, receives, kind)
-    received = {world.rank: list(parts(world.rank))}
-    transfer.wait()
-    for peer, message in receives:
-        pieces = message.split([math.prod(shape) for shape in shapes(peer)])
-        received[peer] = [piece.view(shape) for piece, shape in zip(pieces, shapes(peer), strict=True)]
-    return [received[rank] for rank in range(world.size)]
+    received = [[like.new_empty(0) for _ in shapes] for shapes in arriving]
+    for peer in (world.peer(step) for step in range(1, world.size)):
+        outgoing, parts = _message(like, sent[peer])
+        pack(peer, parts)
+        sends.append((peer, outgoing))
+        incoming, received[peer] = _message(like, arriving[peer])
+        receives.append((peer, incoming))
+    world.start(sends, receives, kind).wait()
+    return received
+
+
+def _message(like: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, list[Tensor]]:
+    """A flat message, to be filled, and its parts."""
+    sizes = [math.prod(shape) for shape in shapes]
+    message = like.new_empty(sum(sizes))
+    return message, [part.view(shape) for part, shape in zip(message.split(sizes), shapes, strict=True)]

@@ -21,6 +21,11 @@ class ProcessGroupWorld(World):
         self.group = group
 
     @property
+    def lasting(self) -> object:
+        """The process group."""
+        return self.group
+
+    @property
     def control_device(self) -> torch.device:
         """The accelerator under NCCL, which moves nothing else."""
         on_gpu = dist.get_backend(self.group) == "nccl"

@@ -65,6 +65,11 @@ class World(ABC):
         return inside, SubWorld(self, range(self.rank % degree, self.size, degree))
 
     @property
+    def lasting(self) -> object:
+        """What lives as long as the group of ranks does, however often it is connected."""
+        return self
+
+    @property
     def control_device(self) -> torch.device:
         """Where small control tensors must lie to travel."""
         return torch.device("cpu")
@@ -97,6 +102,11 @@ class SubWorld(World):
         """``ranks`` of ``world``, this one among them; they are numbered in that order."""
         super().__init__(list(ranks).index(world.rank), len(ranks))
         self._world, self._ranks, self.meter = world, list(ranks), world.meter
+
+    @property
+    def lasting(self) -> object:
+        """The world's."""
+        return self._world.lasting
 
     @property
     def control_device(self) -> torch.device:

@@ -5,11 +5,13 @@ from .layouts import Layout
 from .masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, SlidingWindow
 from .operators import checkpoint_context
 from .planning import Plan, plan
-from .schedules import AllGather, DoubleRing, Ring, Ulysses
+from .rates import Rates
+from .schedules import AllGather, Auto, DoubleRing, Ring, Ulysses
 
 __all__ = [
     "AllGather",
     "AttentionOutput",
+    "Auto",
     "Causal",
     "Chunked",
     "Documents",
@@ -19,6 +21,7 @@ __all__ = [
     "Mask",
     "Plan",
     "PrefixLM",
+    "Rates",
     "Ring",
     "SlidingWindow",
     "Ulysses",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import torch
-
 from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
 from .itinerary import busiest_rows, forward_rows
+from .probing import device_of
 from .schedules import Ring
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ def explain(plan: Plan) -> str:
         f"layout: {plan.layout.name} on {world.size} rank(s), of which this is rank {world.rank}",
         f"work: {int(pairs.sum()):,} query-key pairs in all, busiest rank / mean {imbalance:.3f}",
         f"schedule: {plan.schedule}: {work.exchange} exchange, {_why(plan)}",
+        *_candidates(plan),
         *_bytes(plan),
         *_kernels(plan),
         "step  keys of rank  rows       pairs",
@@ -51,6 +51,35 @@ def _why(plan: Plan) -> str:
     return f"{chosen}; the busiest rank moves {forward:,} rows passing shards on, {direct:,} sending them directly"
 
 
+def _candidates(plan: Plan) -> list[str]:
+    """What ``auto`` compared: what each would cost the rank that it costs most."""
+    decision = plan.decision
+    if decision is None:
+        return []
+    rates, ranked = decision.rates, sorted(decision.candidates, key=lambda c: c.cost.seconds)
+    lines = [
+        f"auto: {rates.forward / 1e9:,.0f} and {rates.backward / 1e9:,.0f} GFLOP/s forward and backward, "
+        f"{rates.bandwidth / 1e9:.2f} GB/s, {rates.latency * 1e6:,.0f} us a message"
+        + (f"; between nodes {rates.far_bandwidth / 1e9:.2f} GB/s" if rates.far_bandwidth else ""),
+        "predicted ms: forward  backward   bytes sent    memory B  layout           schedule",
+    ]
+    for c in ranked:
+        mark = "->" if c is decision.chosen else "  "
+        lines.append(
+            f"{mark} {c.cost.forward * 1e3:>18.2f} {c.cost.backward * 1e3:>9.2f} {c.cost.bytes:>12,} "
+            f"{c.cost.memory:>11,}  {c.layout.name:<15}  {c.schedule}{', excluded: ' if c.excluded else ''}{c.excluded}"
+        )
+    best = decision.chosen.cost
+    why = f"kernels run for {best.kernel / best.seconds:.0%} of its time" if best.seconds else "nothing to do"
+    others = [c.cost.seconds for c in ranked if c is not decision.chosen and not c.excluded]
+    if others and best.seconds:
+        lead = others[0] / best.seconds - 1
+        why = (
+            f"{lead:.1%} faster than the next" if lead > 0.01 else "as fast as any, and the fewest bytes"
+        ) + f"; {why}"
+    return [*lines, f"chosen: {why}"]
+
+
 def _bytes(plan: Plan) -> list[str]:
     told = plan.told
     if told.heads is None or told.head_dim is None or told.dtype is None:
@@ -66,11 +95,9 @@ def _bytes(plan: Plan) -> list[str]:
 
 def _kernels(plan: Plan) -> list[str]:
     """Which kernels ``kernel="auto"`` is on the device that this rank computes on, as far as a plan can know it."""
-    told, device = plan.told, plan.world.control_device
+    told, device = plan.told, device_of(plan.world)
     if told.heads is None or told.head_dim is None or told.dtype is None:
         return []
-    if device.type == "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
     shape = Shape(device, told.dtype, 1, *told.heads, *told.head_dim)
     lines = []
     for direction in DIRECTIONS:

@@ -106,7 +106,7 @@ class Itinerary:
         return [count for count in rows if count]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def itinerary(
     mask: Mask, layout: str | Layout, schedule: Inner, length: int, kv_length: int, world: int, rank: int
 ) -> Itinerary:

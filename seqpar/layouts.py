@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 
+from .balancing import balanced, default_chunk
 from .masks import Mask
 from .positions import Positions
 
-LAYOUT_NAMES = ("contiguous", "zigzag", "striped", "document_zigzag")
+LAYOUT_NAMES = ("contiguous", "zigzag", "striped", "balanced", "document_zigzag", "whole_documents")
+
+
+_BY_DOCUMENT = ("document_zigzag", "whole_documents")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,31 @@ class Layout:
         """From sorted positions, one sequence or 1-D tensor per rank; ``keys`` where they differ from the queries."""
         held = _positions_per_rank("queries", queries)
         return cls("explicit", held, held if keys is None else _positions_per_rank("keys", keys))
+
+    @classmethod
+    def balanced(
+        cls, mask: Mask, *, length: int, world: int, chunk: int | None = None, kv_length: int | None = None
+    ) -> Layout:
+        """Chunks dealt so that every rank has as many tokens (to one chunk), near-equal work, and little to fetch.
+
+        For any mask, packed documents of mixed lengths above all. In cross-attention queries are dealt so, and keys in
+        order.
+
+        Args:
+            mask, length, kv_length: as for :func:`seqpar.plan`.
+            world: the number of ranks.
+            chunk: tokens of a chunk; about sixteen chunks for each rank by default.
+        """
+        kv_length = length if kv_length is None else kv_length
+        _check_enough(length, kv_length, world)
+        if chunk is not None and (not isinstance(chunk, Integral) or not 1 <= chunk <= length // world):
+            raise ValueError(
+                f"chunk: got {chunk!r}, expected 1 .. {length // world} tokens, so that each of {world} ranks gets one"
+            )
+        mask.check(length, kv_length)
+        queries = balanced(mask, length, kv_length, world, chunk or default_chunk(length, world))
+        same = kv_length == length and (mask.documents is None or mask.documents.queries == mask.documents.keys)
+        return cls("balanced", queries, queries if same else _contiguous(kv_length, world))
 
     @property
     def content(self) -> object:
@@ -52,7 +82,7 @@ def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int
     """The layout that the ``layout=`` of :func:`seqpar.plan` means; ValueError where it does not fit."""
     if isinstance(layout, str):
         if layout not in LAYOUT_NAMES:
-            expected = f"one of {', '.join(LAYOUT_NAMES)}, another plan's .layout, or positions per rank"
+            expected = f"one of {', '.join(LAYOUT_NAMES)}, auto, another plan's .layout, or positions per rank"
             raise ValueError(f"layout: got {layout!r}, expected {expected}")
         return _named(layout, mask, length, kv_length, world)
     for what, held, total in (("queries", layout.queries, length), ("keys", layout.keys, kv_length)):
@@ -71,25 +101,32 @@ def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int
 
 def _named(name: str, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
     documents = mask.documents
-    for what, total in (("length", length), ("kv_length", kv_length)):
-        if total < world:
-            raise ValueError(
-                f"{what}: got {total} tokens for {world} ranks, expected at least one each; use fewer ranks"
-            )
-    if name != "document_zigzag":
+    _check_enough(length, kv_length, world)
+    if name == "balanced":
+        return Layout.balanced(mask, length=length, kv_length=kv_length, world=world)
+    if name not in _BY_DOCUMENT:
         deal = {"contiguous": _contiguous, "zigzag": _zigzag, "striped": _striped}[name]
         held = deal(length, world)
         return Layout(name, held, held if kv_length == length else deal(kv_length, world))
     if documents is None or len(documents.queries) != 1:
         rows = "no Documents" if documents is None else f"Documents of {len(documents.queries)} batch rows"
         raise ValueError(
-            f"layout='document_zigzag': the mask has {rows}, expected Documents with one cu_seqlens for all rows; "
+            f"layout={name!r}: the mask has {rows}, expected Documents with one cu_seqlens for all rows; "
             "layout='zigzag' takes any mask"
         )
-    held = _document_zigzag(documents.queries[0], world)
-    return Layout(
-        name, held, held if documents.keys == documents.queries else _document_zigzag(documents.keys[0], world)
-    )
+    queries, keys = documents.queries[0], documents.keys[0]
+    if name == "whole_documents":
+        return _whole_documents(queries, keys, world)
+    held = _document_zigzag(queries, world)
+    return Layout(name, held, held if keys == queries else _document_zigzag(keys, world))
+
+
+def _check_enough(length: int, kv_length: int, world: int) -> None:
+    for what, total in (("length", length), ("kv_length", kv_length)):
+        if total < world:
+            raise ValueError(
+                f"{what}: got {total} tokens for {world} ranks, expected at least one each; use fewer ranks"
+            )
 
 
 def _contiguous(length: int, world: int) -> tuple[Positions, ...]:
@@ -125,6 +162,30 @@ def _document_zigzag(cu_seqlens: tuple[int, ...], world: int) -> tuple[Positions
             runs[min(chunk, chunks - 1 - chunk)].append((begin, count, 1))
             begin += count
     return tuple(Positions.runs(run) for run in runs)
+
+
+def _whole_documents(cu_seqlens: tuple[int, ...], cu_seqlens_k: tuple[int, ...], world: int) -> Layout:
+    """Every document whole on one rank, so that nothing travels: the longest first, to the rank with fewest tokens."""
+    lengths = [end - begin for begin, end in pairwise(cu_seqlens)]
+    filled = sum(length > 0 for length in lengths)
+    if filled < world:
+        raise ValueError(
+            f"layout='whole_documents': got {filled} documents for {world} ranks, expected at least one each; use "
+            "fewer ranks, or layout='balanced'"
+        )
+    tokens: list[int] = [0] * world
+    mine: list[list[int]] = [[] for _ in range(world)]
+    for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
+        rank = min(range(world), key=tokens.__getitem__)
+        tokens[rank] += lengths[document]
+        mine[rank].append(document)
+
+    def held(bounds: tuple[int, ...]) -> tuple[Positions, ...]:
+        runs = [[(bounds[d], bounds[d + 1] - bounds[d], 1) for d in sorted(documents)] for documents in mine]
+        return tuple(Positions.runs(run) for run in runs)
+
+    queries = held(cu_seqlens)
+    return Layout("whole_documents", queries, queries if cu_seqlens_k == cu_seqlens else held(cu_seqlens_k))
 
 
 def as_layout(layout: str | Layout | Sequence) -> str | Layout:

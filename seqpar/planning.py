@@ -18,23 +18,24 @@ from seqpar.comm import (
     GatherExchange,
     Group,
     RingExchange,
-    SubWorld,
     Traffic,
     World,
     agree,
     connect,
 )  # fmt: skip
-from seqpar.kernels import accumulator_dtype
 
 from . import registry
-from .dealing import deal_heads
+from .choosing import Decision, decide, layouts_to_try, schedules_to_try, work_of
+from .costs import Call, grad_wire
 from .explaining import explain
-from .itinerary import Itinerary, itinerary
-from .layouts import Layout, as_layout, resolve_layout
+from .itinerary import Itinerary
+from .layouts import Layout, as_layout
 from .masks import Mask, Span
 from .positions import Positions
-from .schedules import Schedule, Ulysses, heads_degree, resolve_schedule
+from .probing import device_of, rates_of
+from .schedules import Auto, Schedule, Ulysses, heads_degree, resolve_schedule
 from .sharding import Held, gather_rows, select_rows
+from .trading import Trade
 from .validation import HeadShape, agree_once
 
 IGNORED_LABEL = -100
@@ -48,7 +49,7 @@ def plan(
     kv_length: int | None = None,
     group: Group = None,
     layout: str | Layout | Sequence = "zigzag",
-    schedule: str | Schedule = "ring",
+    schedule: str | Schedule | Auto = "ring",
     heads: int | tuple[int, int] | None = None,
     head_dim: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -61,47 +62,64 @@ def plan(
         kv_length: global number of key tokens, in cross-attention.
         group: the ranks that share the sequence: a process group, a ``DeviceMesh`` of one axis, or of two for a hybrid
             (the last inside the node), a connected :class:`seqpar.comm.World`, or None for one rank (not for all).
-        layout: ``contiguous``, ``zigzag``, ``striped``, ``document_zigzag``, another plan's ``.layout``, or sorted
-            positions per rank (``Layout.explicit(queries, keys)`` in cross-attention).
-        schedule: ``ring``, ``allgather``, ``ulysses``, ``hybrid`` (Ulysses inside the node, a ring between nodes), or a
-            :class:`Ring`, :class:`AllGather` or :class:`Ulysses` with options.
-        heads, head_dim, dtype: optional. What :meth:`Plan.explain` then predicts in bytes; attention refuses others.
+        layout: ``contiguous``, ``zigzag``, ``striped``, ``balanced``, ``document_zigzag``, ``whole_documents``,
+            ``auto``, another plan's ``.layout``, or sorted positions per rank (``Layout.explicit(queries, keys)`` in
+            cross-attention).
+        schedule: ``ring``, ``allgather``, ``ulysses``, on a mesh of two axes ``double_ring`` and ``hybrid`` (Ulysses
+            inside the node, a ring between nodes), ``auto``, or a :class:`Ring`, :class:`DoubleRing`,
+            :class:`AllGather`, :class:`Ulysses` or :class:`Auto` with options.
+        heads, head_dim, dtype: what ``auto`` and :meth:`Plan.explain` predict from; attention then refuses others.
+            Optional where nothing is ``auto``.
 
     Raises:
         ValueError: the same on every rank, where the arguments are wrong on any of them or differ between ranks.
     """
     world = connect(group)
+    inside = group.size(1) if isinstance(group, DeviceMesh) and group.ndim == 2 else None
     fields: dict[str, object] = {}
-    work, told, refusal = None, HeadShape(), None
+    schedules: list[Schedule] = []
+    layouts: list[Layout] = []
+    told, refusal = HeadShape(), None
     try:
         if not isinstance(mask, Mask):
             raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
         length = _tokens("length", length)
         kv_length = length if kv_length is None else _tokens("kv_length", kv_length)
-        inside = group.size(1) if isinstance(group, DeviceMesh) and group.ndim == 2 else None
-        layout, schedule = as_layout(layout), resolve_schedule(schedule, inside)
+        layout, asked = as_layout(layout), resolve_schedule(schedule, inside)
         told = HeadShape.of(heads, head_dim, dtype)
         fields = {"length": length, "kv_length": kv_length, "mask": _fingerprint(mask), "layout": _fingerprint(layout)}
-        fields |= {"schedule": schedule, "heads": told.heads, "head_dim": told.head_dim, "dtype": told.dtype}
+        fields |= {"schedule": asked, "heads": told.heads, "head_dim": told.head_dim, "dtype": told.dtype}
         mask.check(length, kv_length)
-        held = resolve_layout(layout, mask, length, kv_length, world.size)
-        degree = heads_degree(schedule, world.size)
-        inner = schedule.inner if isinstance(schedule, Ulysses) else schedule
-        blocks, block = world.size // degree, world.rank // degree
-        work = itinerary(mask, held.merged(degree), inner, length, kv_length, blocks, block)
+        schedules = schedules_to_try(asked, world.size, inside)
+        layouts = layouts_to_try(layout, mask, length, kv_length, world.size)
+        for each in schedules:
+            work_of(each, mask, layouts[0], length, kv_length, world.size, world.rank)
+        if (isinstance(asked, Auto) or layout == "auto") and not told.complete:
+            raise ValueError(
+                "schedule='auto' and layout='auto' compare what schedules cost: got "
+                f"heads={told.heads}, head_dim={told.head_dim}, dtype={told.dtype}, expected all three; give them"
+            )
     except Exception as error:  # whatever it is, the other ranks must hear of it
         refusal = error
     agree(world, "seqpar.plan", fields, refusal)
-    assert work is not None, "a refused plan was agreed on"
-    assert not isinstance(schedule, str), "the schedule was resolved"
+    assert kv_length is not None, "a plan without lengths was agreed on"
+    auto = asked if isinstance(asked, Auto) else Auto()
+    decision = None
+    chosen, held = schedules[0], layouts[0]
+    if world.size > 1 and len(schedules) * len(layouts) > 1:
+        call = Call.of(told, device_of(world))
+        rates = auto.rates or rates_of(world, call, inside)
+        ways = schedules, layouts, mask, length, kv_length
+        decision = decide(world, *ways, call, rates, auto.memory)
+        chosen, held = decision.chosen.schedule, decision.chosen.layout
+    work = work_of(chosen, mask, held, length, kv_length, world.size, world.rank)
     identity = ", ".join(str(value) for value in fields.values())
-    whole = mask, length, kv_length or length
-    if not isinstance(schedule, Ulysses):
-        return Plan(*whole, schedule, world, held, work, told, identity)
-    alike = SubWorld(world, range(world.rank % degree, world.size, degree))
-    attending = Plan(*whole, inner, alike, work.layout, work, HeadShape(), f"{identity}, inside")
-    trading = SubWorld(world, range(block * degree, (block + 1) * degree))
-    return Plan(*whole, schedule, world, held, work, told, identity, Trade(trading, attending, held))
+    whole = mask, length, kv_length
+    if not isinstance(chosen, Ulysses):
+        return Plan(*whole, chosen, world, held, work, told, identity, None, decision)
+    inside_world, across = world.split(heads_degree(chosen, world.size))
+    attending = Plan(*whole, chosen.inner, across, work.layout, work, HeadShape(), f"{identity}, inside")
+    return Plan(*whole, chosen, world, held, work, told, identity, Trade(inside_world, attending, held), decision)
 
 
 def _tokens(name: str, value: object) -> int:
@@ -119,6 +137,7 @@ class Plan:
         layout: who holds what; give it to another plan to leave tokens where they are.
         work: the itinerary of this rank, or of the ranks that it trades heads with.
         trade: with whom heads are traded, in Ulysses; else None.
+        decision: how ``auto`` came to its choice, where there was one.
         told: the ``heads``, ``head_dim`` and ``dtype`` given.
         identity: what tells this plan from another, in words.
         agreed: kinds of calls that all ranks have agreed on.
@@ -137,9 +156,11 @@ class Plan:
         told: HeadShape,
         identity: str,
         trade: Trade | None = None,
+        decision: Decision | None = None,
     ) -> None:
         self.mask, self.length, self.kv_length, self.schedule, self.world = mask, length, kv_length, schedule, world
         self.layout, self.work, self.told, self.identity, self.trade = layout, work, told, identity, trade
+        self.decision = decision
         self.agreed: set[tuple] = set()
         self.handle = registry.register(self)
         self._rows_on: dict[torch.device, list[Tensor | None]] = {}
@@ -239,9 +260,8 @@ class Plan:
         return GatherExchange(*args, places=self._rows_on[k.device])
 
     def _grad_wire(self, dtype: torch.dtype) -> torch.dtype:
-        accumulator = accumulator_dtype(dtype)
         assert not isinstance(self.schedule, Ulysses), "gradients travel by the inner plan's exchange"
-        return torch.bfloat16 if self.schedule.grad_wire == "bf16" and accumulator == torch.float32 else accumulator
+        return grad_wire(self.schedule, dtype)
 
     def _held(self, of: Of) -> tuple[Held, int]:
         if of not in ("queries", "keys"):
@@ -251,55 +271,6 @@ class Plan:
     def _spans(self) -> list[Span]:
         documents = self.mask.documents_within(self.length, self.kv_length)
         return list(documents.spans(self.queries.tensor))
-
-
-class Trade:
-    """With whom a rank trades tokens for heads, and the plan by which they attend with others who hold the same heads.
-
-    Attributes:
-        world: those who trade with each other.
-        plan: of the inner schedule, over the ranks that get the same heads.
-    """
-
-    def __init__(self, world: World, plan: Plan, held: Layout) -> None:
-        self.world, self.plan, self._held = world, plan, held
-        self._places: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-
-    def places(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        """Where each trading rank's queries, and keys, stand among all of theirs; int64, by rank."""
-        if device not in self._places:
-            first = self.plan.world.rank * self.world.size
-            both = (self.plan.work.queries, self._held.queries), (self.plan.work.keys, self._held.keys)
-            queries, keys = (
-                [merged.count_below(x.tensor).to(device) for x in held[first : first + self.world.size]]
-                for merged, held in both
-            )
-            self._places[device] = queries, keys
-        return self._places[device]
-
-    def traffic(
-        self, batch: int, heads: tuple[int, int], head_dim: tuple[int, int], dtype: torch.dtype, rank: int
-    ) -> dict[str, Traffic]:
-        """See :meth:`Plan.traffic`; without the lse, which only :func:`seqpar.attention_with_lse` brings back."""
-        degree, (dim, value_dim), size = self.world.size, head_dim, batch * dtype.itemsize
-        me, block = rank % degree, slice(rank - rank % degree, rank - rank % degree + degree)
-        hands = deal_heads(*heads, degree)
-        tokens, keys = ([len(x) for x in held[block]] for held in (self._held.queries, self._held.keys))
-        num_heads, num_keys = ([x.stop - x.start for x in dealt] for dealt in (hands.queries, hands.keys))
-        messages: dict[str, list[int]] = {"forward": [], "backward": []}
-        for peer in (peer for peer in range(degree) if peer != me):
-            there = tokens[me] * num_heads[peer] * dim + keys[me] * num_keys[peer] * (dim + value_dim)
-            back = tokens[peer] * num_heads[me] * dim + keys[peer] * num_keys[me] * (dim + value_dim)
-            messages["forward"] += [there, tokens[peer] * num_heads[me] * value_dim]
-            messages["backward"] += [tokens[me] * num_heads[peer] * value_dim, back]
-        inside = {"forward": Traffic(0, 0), "backward": Traffic(0, 0)}
-        if num_heads[me]:
-            dealt = num_heads[me], len(hands.repeats[me])
-            inside = self.plan.traffic(batch, dealt, head_dim, dtype, rank // degree)
-        return {
-            way: Traffic(inside[way].calls + sum(n > 0 for n in sent), inside[way].bytes + sum(sent) * size)
-            for way, sent in messages.items()
-        }
 
 
 def _fingerprint(value: object) -> str:

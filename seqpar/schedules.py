@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, get_args
 
+from .rates import Rates
+
 Route = Literal["auto", "forward", "direct"]
 GradWire = Literal["fp32", "bf16"]
 
@@ -104,7 +106,35 @@ class Ulysses:
 
 
 Schedule = Inner | Ulysses
-_NAMED: dict[str, Schedule] = {"ring": Ring(), "allgather": AllGather(), "ulysses": Ulysses()}
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Whatever a cost model finds fastest for the batch: for its mask, heads and lengths on this machine.
+
+    ``plan.explain()`` prints what it compared, ``plan.schedule`` is what it chose: give that to later plans to pin it.
+
+    Args:
+        rates: of the machine; measured once per group, by a short probe, where none are given.
+        memory: bytes per rank and batch row that attention may hold besides its inputs, output and gradients.
+    """
+
+    rates: Rates | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rates is not None and not isinstance(self.rates, Rates):
+            raise ValueError(f"Auto(rates=): got {self.rates!r}, expected a seqpar.Rates(...), or None to measure them")
+        if self.memory is not None and (not isinstance(self.memory, Integral) or self.memory < 0):
+            raise ValueError(f"Auto(memory=): got {self.memory!r}, expected a number of bytes, or None for no limit")
+
+
+_NAMED: dict[str, Schedule | Auto] = {
+    "ring": Ring(),
+    "allgather": AllGather(),
+    "ulysses": Ulysses(),
+    "auto": Auto(),
+}
 _ON_A_MESH: dict[str, type[DoubleRing] | type[Ulysses]] = {"double_ring": DoubleRing, "hybrid": Ulysses}
 
 
@@ -125,7 +155,7 @@ def _divisor(schedule: DoubleRing | Ulysses, degree: int, world: int) -> int:
     return degree
 
 
-def resolve_schedule(schedule: str | Schedule, inside: int | None = None) -> Schedule:
+def resolve_schedule(schedule: str | Schedule | Auto, inside: int | None = None) -> Schedule | Auto:
     """The schedule that the ``schedule=`` of :func:`seqpar.plan` means; ``inside`` is a 2-D mesh's last axis."""
     if isinstance(schedule, str) and schedule in _ON_A_MESH:
         kind = _ON_A_MESH[schedule]
@@ -137,8 +167,8 @@ def resolve_schedule(schedule: str | Schedule, inside: int | None = None) -> Sch
         return kind(degree=inside)
     if isinstance(schedule, str) and schedule in _NAMED:
         return _NAMED[schedule]
-    if not isinstance(schedule, Schedule):
+    if not isinstance(schedule, Schedule | Auto):
         names = ", ".join([*_NAMED, *_ON_A_MESH])
-        expected = f"one of {names}, or a seqpar.Ring, DoubleRing, AllGather or Ulysses object"
+        expected = f"one of {names}, or a seqpar.Ring, DoubleRing, AllGather, Ulysses or Auto object"
         raise ValueError(f"schedule: got {schedule!r}, expected {expected}")
     return schedule

@@ -18,7 +18,8 @@ from . import ring
 from .dealing import Hands, deal_heads
 
 if TYPE_CHECKING:
-    from .planning import Plan, Trade
+    from .planning import Plan
+    from .trading import Trade
 
 
 class Traded(NamedTuple):

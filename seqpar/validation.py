@@ -41,6 +41,11 @@ class HeadShape:
             raise ValueError(f"dtype: got {dtype}, expected one of {_names(DTYPES)}")
         return shape
 
+    @property
+    def complete(self) -> bool:
+        """Whether it says everything."""
+        return None not in (self.heads, self.head_dim, self.dtype)
+
 
 def agree_once(plan: Plan, call: str, kind: dict[str, object], refusal: Exception | None = None) -> None:
     """Agree on a kind of call with all ranks of a plan, the first time that it comes up; later ones cost nothing.

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import seqpar
 from seqpar.comm import run_loopback
-from support.jobs import checkpointed, on_mesh_axes
+from support.cases import SCHEDULES
+from support.jobs import beside_other_axes, checkpointed, compiled, on_mesh_axes
 from support.ranks import run_gloo
 
 
@@ -69,6 +70,27 @@ def test_a_checkpointed_layer(mode: str) -> None:
             assert after["forwards"] == 2
             assert after["traffic"]["kv"] == (6, kv.bytes * 3 // 2)
             assert after["traffic"]["grad"] == grads
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_selective_checkpoint_repeats_no_schedules_messages(schedule: str) -> None:
+    plain, kept = (run_loopback(4, checkpointed, mode, SCHEDULES[schedule]) for mode in ("none", "selective"))
+    for before, after in zip(plain, kept, strict=True):
+        torch.testing.assert_close(after["grad"], before["grad"], rtol=1e-12, atol=0)
+        assert after["forwards"] == 1
+        assert after["traffic"] == before["traffic"]
+
+
+@pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses"])
+def test_every_schedule_compiles_to_one_graph(schedule: str) -> None:
+    for worst, graphs in run_gloo(2, compiled, schedule):
+        assert worst <= 1e-12
+        assert graphs == 2, "one graph for the first plan, one for all that follow"
+
+
+@pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses"])
+def test_fsdp_and_tensor_parallel_on_other_axes(schedule: str) -> None:
+    assert max(run_gloo(4, beside_other_axes, schedule)) <= 1e-10
 
 
 def test_autocast_casts_as_sdpa_does() -> None:

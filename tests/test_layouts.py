@@ -14,7 +14,8 @@ from seqpar.layouts import LAYOUT_NAMES, as_layout, resolve_layout
 from support.strategies import boundaries
 
 sizes = st.integers(1, 9).flatmap(lambda world: st.tuples(st.just(world), st.integers(world, 90)))
-PLAIN = [name for name in LAYOUT_NAMES if name != "document_zigzag"]
+PLAIN = ["contiguous", "zigzag", "striped"]
+BY_DOCUMENT = ["document_zigzag", "whole_documents"]
 
 
 def deal(name: str, length: int, world: int, mask: Mask | None = None, kv_length: int | None = None) -> Layout:
@@ -36,7 +37,11 @@ def causal_work(layout: Layout, cu_seqlens: tuple[int, ...]) -> list[int]:
     return work
 
 
-@pytest.mark.parametrize("name", LAYOUT_NAMES)
+def test_every_name_is_one_of_these() -> None:
+    assert {*PLAIN, *BY_DOCUMENT, "balanced"} == set(LAYOUT_NAMES)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "document_zigzag", "balanced"])
 def test_every_token_once_sorted_and_near_even(name: str) -> None:
     @given(sizes, st.data())
     def check(size: tuple[int, int], data: st.DataObject) -> None:
@@ -52,7 +57,7 @@ def test_every_token_once_sorted_and_near_even(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", LAYOUT_NAMES)
+@pytest.mark.parametrize("name", [*PLAIN, "document_zigzag"])
 def test_keys_are_dealt_alike(name: str) -> None:
     mask = Documents([0, 9, 20], [0, 30, 34])
     layout = deal(name, 20, 3, mask, kv_length=34)
@@ -151,9 +156,11 @@ def test_explicit_ranks_may_hold_nothing_and_keys_may_differ() -> None:
 @pytest.mark.parametrize(
     ("layout", "mask", "message"),
     [
-        ("diagonal", Full(), "layout: got 'diagonal', expected one of contiguous, zigzag, striped, document_zigzag"),
+        ("diagonal", Full(), "layout: got 'diagonal', expected one of contiguous, zigzag, striped, balanced, "),
         ("document_zigzag", Causal(), "the mask has no Documents, expected Documents with one cu_seqlens"),
         ("document_zigzag", Documents([[0, 6], [0, 2, 6]]), "the mask has Documents of 2 batch rows"),
+        ("whole_documents", Causal(), "layout='whole_documents': the mask has no Documents, expected Documents with"),
+        ("whole_documents", Documents([0, 6]), "got 1 documents for 2 ranks, expected at least one each; use fewer"),
         ([[0, 1, 2], [3, 4]], Full(), r"hold 5 positions, 5 of them distinct, expected each of 0\.\.5"),
         ([[0, 1, 2], [2, 3, 4]], Full(), "hold 6 positions, 5 of them distinct"),
         ([[0, 1, 2], [3, 4, 6]], Full(), "expected each of"),
@@ -172,7 +179,7 @@ def test_errors_say_what_is_wrong(layout: object, mask: Mask, message: str) -> N
         resolve_layout(as_layout(layout), mask, 6, 6, 2)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, "balanced"])
 def test_fewer_tokens_than_ranks_are_refused(name: str) -> None:
     with pytest.raises(
         ValueError, match="length: got 3 tokens for 4 ranks, expected at least one each; use fewer ranks"

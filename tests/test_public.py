@@ -10,7 +10,7 @@ import seqpar.kernels
 def test_public_names() -> None:
     assert set(seqpar.__all__) == {
         *("Full", "Causal", "SlidingWindow", "Documents", "PrefixLM", "Chunked", "Mask"),
-        *("plan", "Plan", "Layout", "AllGather", "DoubleRing", "Ring", "Ulysses"),
+        *("plan", "Plan", "Layout", "AllGather", "Auto", "DoubleRing", "Rates", "Ring", "Ulysses"),
         *("attention", "attention_with_lse", "AttentionOutput", "token_mean", "checkpoint_context"),
     }
     assert all(hasattr(seqpar, name) for name in seqpar.__all__)

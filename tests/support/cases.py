@@ -69,7 +69,7 @@ MASKS = {
     ),
 }
 
-LAYOUTS = ("contiguous", "zigzag", "striped", "document_zigzag", "explicit")
+LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "document_zigzag", "explicit")
 SCHEDULES = {"forward": seqpar.Ring("forward"), "direct": seqpar.Ring("direct"), "allgather": seqpar.AllGather()}
 SCHEDULES |= {"double_ring": seqpar.DoubleRing(degree=2)}
 SCHEDULES |= {"ulysses": seqpar.Ulysses(), "hybrid": seqpar.Ulysses(seqpar.Ring("direct"), degree=2)}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +19,7 @@ import seqpar
 from seqpar.comm import World
 
 from .cases import MASKS, layout_of
+from .oracle import error
 
 GRADS = ("q", "k", "v", "sinks")
 
@@ -63,12 +69,12 @@ def attend(
     return result | {"forward": moved, "both": dict(world.meter.by_kind)}
 
 
-def checkpointed(world: World, mode: str) -> dict[str, Any]:
+def checkpointed(world: World, mode: str, schedule: Any = "ring") -> dict[str, Any]:
     """Gradients through a checkpointed layer, and how often attention ran forward and what was sent for it."""
     generator = torch.Generator().manual_seed(0)  # threads share the default one
     weight = torch.randn(8, 8, dtype=torch.float64, generator=generator).requires_grad_()
     x = torch.randn(1, 30, 4, 8, dtype=torch.float64, generator=generator)
-    plan = seqpar.plan(seqpar.Causal(), length=30, group=world)
+    plan = seqpar.plan(seqpar.Causal(), length=30, group=world, schedule=schedule)
 
     def layer(local: Tensor) -> Tensor:
         return seqpar.attention(local @ weight, local, local, plan) @ weight
@@ -95,6 +101,65 @@ class CountForwards(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.seqpar.attention.default
         return func(*args, **(kwargs or {}))
+
+
+class Layer(nn.Module):
+    """Attention between projections, with 4 query heads and 2 KV heads of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, out, bias=False) for out in (32, 16, 16, 32))
+
+    def forward(self, x: Tensor, plan: seqpar.Plan) -> Tensor:
+        """x ``[B, T, 32]``; under tensor parallelism each rank has some of the heads."""
+        q, k, v = (project(x).unflatten(-1, (-1, 8)) for project in (self.q, self.k, self.v))
+        return self.o(seqpar.attention(q, k, v, plan).flatten(2))
+
+
+def beside_other_axes(world: World, schedule: Any) -> float:
+    """The worst error of a gradient with the sequence on one axis of a mesh, as FSDP2 is, and heads on another."""
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("sp", "tp"))
+    torch.manual_seed(0)
+    alone = Layer().double()
+    layer = copy.deepcopy(alone)
+    split = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "o": RowwiseParallel()}
+    parallelize_module(layer, mesh["tp"], split)
+    fully_shard(layer, mesh=mesh["sp"])
+    x = torch.randn(1, 37, 32, dtype=torch.float64)
+    plan = seqpar.plan(seqpar.Causal(), length=37, group=mesh["sp"], schedule=schedule)
+    (layer(plan.shard(x), plan).square().sum() * plan.world.size).backward()  # FSDP averages
+    alone(x, seqpar.plan(seqpar.Causal(), length=37)).square().sum().backward()
+    pairs = zip(layer.parameters(), alone.parameters(), strict=True)
+    return max(error(sharded.grad.full_tensor(), whole.grad) for sharded, whole in pairs)
+
+
+def compiled(world: World, schedule: Any) -> tuple[float, int]:
+    """The worst error of a compiled layer's gradients, over plans of several lengths; and how many graphs it took."""
+    torch.manual_seed(0)
+    layer, counter = Layer().double(), CompileCounterWithBackend("aot_eager")
+    fast, worst = torch.compile(layer, fullgraph=True, backend=counter), 0.0
+    for length in (12, 14, 16, 18):
+        x = torch.randn(1, length, 32, dtype=torch.float64)
+        plan = seqpar.plan(seqpar.Causal(), length=length, group=world, schedule=schedule)
+        grads = []
+        for model in (layer, fast):
+            out = model(plan.shard(x), plan)
+            grads.append(torch.autograd.grad(out.square().sum(), list(layer.parameters())))
+        worst = max(worst, *(error(b, a) for a, b in zip(*grads, strict=True)))
+    return worst, counter.frame_count
+
+
+def plan_automatically(world: World) -> tuple[int, int, seqpar.Rates]:
+    """How many messages a first and a second automatic plan of a group send to learn its rates, and what those are."""
+    sent = []
+    for length in (64, 128):
+        plan = seqpar.plan(
+            seqpar.Causal(), length=length, group=dist.group.WORLD, schedule="auto", heads=2, head_dim=8,
+            dtype=torch.float32,
+        )  # fmt: skip
+        assert plan.decision is not None
+        sent.append(plan.world.meter.by_kind.get("probe", (0, 0))[0])
+    return sent[0], sent[1], plan.decision.rates
 
 
 def on_mesh_axes(world: World) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a plan costs one rank: milliseconds of one core to work out an itinerary. ``python benchmarks/planning.py``."""
+"""What a plan costs one rank, and how even layouts are: ``python benchmarks/planning.py``; nothing is run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import time
 
 import torch
 from measuring import median, show, write
+from schedules import documents
 
 import seqpar
-from seqpar.itinerary import itinerary
+from seqpar.itinerary import busiest_rows, itinerary
+from seqpar.layouts import resolve_layout
 
 RUNS = 7
+EVEN_LAYOUTS = ("contiguous", "zigzag", "document_zigzag", "balanced")
 
 
 def milliseconds(mask: seqpar.Mask, layout: str, length: int, world: int) -> float:
@@ -24,24 +27,61 @@ def milliseconds(mask: seqpar.Mask, layout: str, length: int, world: int) -> flo
     return median(seconds[1:]) * 1e3
 
 
+def evenness(name: str, mask: seqpar.Mask, length: int, world: int) -> dict[str, object]:
+    """Of each layout the busiest rank's pairs over the mean, and the rows that the busiest rank sends or receives."""
+    row: dict[str, object] = {"mask": name, "tokens": length, "ranks": world}
+    for layout in EVEN_LAYOUTS:
+        if layout == "document_zigzag" and mask.documents is None:
+            row[f"{layout}: work"] = row[f"{layout}: rows"] = "-"
+            continue
+        work = itinerary(mask, layout, seqpar.Ring("direct"), length, length, world, 0)
+        row[f"{layout}: work"] = float(work.pairs.max() / work.pairs.double().mean())
+        row[f"{layout}: rows"] = busiest_rows(work.needed)
+    return row
+
+
+def dealing(mask: seqpar.Mask, length: int, world: int) -> float:
+    """Milliseconds of one core to deal a balanced layout, the median of several."""
+    seconds = []
+    for _ in range(RUNS):
+        begin = time.process_time()
+        resolve_layout("balanced", mask, length, length, world)
+        seconds.append(time.process_time() - begin)
+    return median(seconds) * 1e3
+
+
 def main() -> None:
-    """Measure, print the table, write ``results/planning.json``."""
+    """Measure, print the tables, write ``results/planning.json``."""
     torch.set_num_threads(1)
     rows = []
     for length, world in ((131_072, 8), (1_048_576, 64)):
-        documents = seqpar.Documents(range(0, length + 1, length // 256))
+        packed = seqpar.Documents(range(0, length + 1, length // 256))
         masks = {
             "causal": seqpar.Causal(),
             "window of 4,096": seqpar.SlidingWindow(4095),
-            "256 packed documents": seqpar.Causal() & documents,
+            "256 packed documents": seqpar.Causal() & packed,
         }
         for name, mask in masks.items():
             costs = {
                 layout: milliseconds(mask, layout, length, world) for layout in ("zigzag", "contiguous", "striped")
             }
-            rows.append({"tokens": length, "ranks": world, "mask": name, **costs})
-    show("milliseconds of one core for a rank's itinerary", rows)
-    write("planning", {"milliseconds": rows})
+            rows.append(
+                {"tokens": length, "ranks": world, "mask": name, **costs, "balanced": dealing(mask, length, world)}
+            )
+    even = [
+        evenness(name, mask, length, world)
+        for length, world in ((131_072, 8), (1_048_576, 64))
+        for name, mask in {
+            "causal": seqpar.Causal(),
+            "window of 4,096": seqpar.SlidingWindow(4095),
+            "prefix of 40,000": seqpar.PrefixLM(40_000),
+            "64 documents, log-normal": seqpar.Causal() & documents(64, length),
+            "256 documents, log-normal": seqpar.Causal() & documents(256, length),
+        }.items()
+    ]
+    show("milliseconds of one core for a rank's itinerary, and to deal a balanced layout", rows)
+    show("the busiest rank's work over the mean, and the rows that it moves", even)
+    write("planning", {"milliseconds": rows, "evenness": even})
 
 
 if __name__ == "__main__":

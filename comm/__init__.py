@@ -4,12 +4,13 @@ from .agreement import agree
 from .exchange import DirectExchange, Exchange, GatherExchange, KeyValues, RingExchange
 from .heads import Dealt, to_heads, to_tokens
 from .loopback import run_loopback
-from .meter import Meter, Traffic
+from .meter import KINDS, Meter, Traffic
 from .process_group import Group, ProcessGroupWorld, connect
 from .strict import StrictWorld
 from .world import SingleRank, SubWorld, Transfer, World
 
 __all__ = [
+    "KINDS",
     "Dealt",
     "DirectExchange",
     "Exchange",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+KINDS = ("kv", "grad", "trade", "out", "lse", "dout", "dlse", "gather", "reduce", "agree", "probe")
+"""What seqpar sends: K and V, their gradients; heads for tokens, and what comes back of it; and all else."""
+
 
 class Traffic(NamedTuple):
     """Calls (messages of point-to-point transfers, or collectives) and the payload bytes that this rank sent."""
@@ -15,7 +18,7 @@ class Traffic(NamedTuple):
 
 @dataclass
 class Meter:
-    """Payload that this rank sent since :meth:`reset`, by kind: ``kv``, ``grad``, ``gather``, ``reduce``, ``agree``.
+    """Payload that this rank sent since :meth:`reset`, by kind, one of ``KINDS``.
 
     A collective counts as what its peers receive from this rank: ``world - 1`` times an all-gather's input.
     """

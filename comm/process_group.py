@@ -31,6 +31,12 @@ class ProcessGroupWorld(World):
         on_gpu = dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
+    @property
+    def payload_device(self) -> torch.device:
+        """The accelerator where NCCL is among the group's backends: gloo alone moves nothing from there."""
+        on_gpu = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
     def _start(self, sends: Messages, receives: Messages) -> Transfer:
         operations = [
             dist.P2POp(operation, tensor, group=self.group, group_peer=peer)

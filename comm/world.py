@@ -74,6 +74,11 @@ class World(ABC):
         """Where small control tensors must lie to travel."""
         return torch.device("cpu")
 
+    @property
+    def payload_device(self) -> torch.device:
+        """Where the tensors of attention lie that travel between these ranks."""
+        return torch.device("cpu")
+
     @abstractmethod
     def _start(self, sends: Messages, receives: Messages) -> Transfer: ...
 
@@ -89,6 +94,12 @@ class SingleRank(World):
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1)
+
+    @property
+    def payload_device(self) -> torch.device:
+        """An accelerator, where there is one."""
+        on_gpu = torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def _start(self, sends: Messages, receives: Messages) -> Transfer:
         assert not [*sends, *receives], "one rank has no peers"
@@ -112,6 +123,11 @@ class SubWorld(World):
     def control_device(self) -> torch.device:
         """The world's."""
         return self._world.control_device
+
+    @property
+    def payload_device(self) -> torch.device:
+        """The world's."""
+        return self._world.payload_device
 
     def _start(self, sends: Messages, receives: Messages) -> Transfer:
         renumbered = ([(self._ranks[peer], tensor) for peer, tensor in messages] for messages in (sends, receives))

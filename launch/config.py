@@ -84,11 +84,11 @@ class TrainConfig:
     sp: int | None = None
     """Ranks that share a sequence; the others repeat them with other rows. Default: all."""
     schedule: str = "ring"
-    """How keys and values travel between the ranks of a sequence."""
+    """How keys and queries of different ranks meet: ring, allgather, ulysses, or auto for what is found fastest."""
     exchange: Literal["auto", "forward", "direct"] = "auto"
     """The ring's exchange: every shard to every rank, or only the rows that some query needs."""
     layout: str = "zigzag"
-    """Which rank holds which tokens."""
+    """Which rank holds which tokens: zigzag, contiguous, striped, balanced, document_zigzag, or auto."""
     mask: Literal["causal", "window"] = "causal"
     """Who attends to whom inside a document: all earlier tokens, or the last --window of them."""
     window: int | None = None

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import seqpar
+from seqpar.comm import KINDS
 from seqpar.integrations import huggingface
 
 from .checkpoint import Checkpoints
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 64
 """Tokens of held-out text that the sample continues."""
 
-_KINDS = ("kv", "grad", "gather", "reduce", "agree")
 # Options that a continued run may change, and that change what it computes.
 _MAY_CHANGE = ("steps", "lr", "warmup", "weight_decay", "grad_clip", "dtype")
 # Options that may differ between ranks without changing what is computed; data and model are compared by content.
@@ -143,13 +143,17 @@ class _Run:
         return seqpar.Causal() if self.config.mask == "causal" else seqpar.SlidingWindow(self.config.window_tokens - 1)
 
     def _plan(self, batch: Batch) -> seqpar.Plan:
-        config = self.config
+        config, model = self.config, self.model.config
+        head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         return seqpar.plan(
             self._mask() & seqpar.Documents(batch.cu_seqlens),
             length=config.seq_len,
             group=self.ranks.sequence,
             layout=config.layout,
             schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
+            heads=(model.num_attention_heads, model.num_key_value_heads),
+            head_dim=head_dim,
+            dtype=self.dtype,
         )
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -208,13 +212,13 @@ class _Run:
     def _figures(self, count: int) -> tuple[int, int, dict[str, int]]:
         """Over all ranks: the sum of their tokens, the largest peak of memory, and the sum of their bytes by kind."""
         meters = (self.ranks.sequence.meter.by_kind, self.ranks.everyone.meter.by_kind)
-        sent = [sum(meter[kind].bytes for meter in meters if kind in meter) for kind in _KINDS]
+        sent = [sum(meter[kind].bytes for meter in meters if kind in meter) for kind in KINDS]
         mine = torch.tensor([count, peak_memory(self.ranks.device), *sent], device=self.ranks.device)
         everyone = [torch.empty_like(mine) for _ in range(self.ranks.size)]
         dist.all_gather(everyone, mine)
         figures = torch.stack(everyone)
         totals = figures.sum(0).tolist()
-        traffic = {kind: total for kind, total in zip(_KINDS, totals[2:], strict=True) if total}
+        traffic = {kind: total for kind, total in zip(KINDS, totals[2:], strict=True) if total}
         return totals[0], int(figures[:, 1].max()), traffic
 
     @torch.no_grad()

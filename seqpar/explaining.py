@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
 from .itinerary import busiest_rows, forward_rows
-from .probing import device_of
 from .schedules import Ring
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def _why(plan: Plan) -> str:
     if not isinstance(plan.schedule, Ring):
         return "every rank holds all keys at once"
     forward, direct = busiest_rows(forward_rows(plan.layout.keys)), busiest_rows(plan.work.needed)
-    chosen = "chosen" if plan.schedule.exchange == "auto" else "asked for"
+    chosen = "chosen" if plan.schedule.exchange == "auto" or plan.decision is not None else "asked for"
     return f"{chosen}; the busiest rank moves {forward:,} rows passing shards on, {direct:,} sending them directly"
 
 
@@ -74,9 +73,8 @@ def _candidates(plan: Plan) -> list[str]:
     others = [c.cost.seconds for c in ranked if c is not decision.chosen and not c.excluded]
     if others and best.seconds:
         lead = others[0] / best.seconds - 1
-        why = (
-            f"{lead:.1%} faster than the next" if lead > 0.01 else "as fast as any, and the fewest bytes"
-        ) + f"; {why}"
+        ahead = f"{lead:.1%} faster than the next" if lead > 0.01 else "as fast as any, and the fewest bytes"
+        why = f"{ahead}; {why}"
     return [*lines, f"chosen: {why}"]
 
 
@@ -95,7 +93,7 @@ def _bytes(plan: Plan) -> list[str]:
 
 def _kernels(plan: Plan) -> list[str]:
     """Which kernels ``kernel="auto"`` is on the device that this rank computes on, as far as a plan can know it."""
-    told, device = plan.told, device_of(plan.world)
+    told, device = plan.told, plan.world.payload_device
     if told.heads is None or told.head_dim is None or told.dtype is None:
         return []
     shape = Shape(device, told.dtype, 1, *told.heads, *told.head_dim)

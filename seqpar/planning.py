@@ -32,7 +32,7 @@ from .itinerary import Itinerary
 from .layouts import Layout, as_layout
 from .masks import Mask, Span
 from .positions import Positions
-from .probing import device_of, rates_of
+from .probing import rates_of
 from .schedules import Auto, Schedule, Ulysses, heads_degree, resolve_schedule
 from .sharding import Held, gather_rows, select_rows
 from .trading import Trade
@@ -107,7 +107,7 @@ def plan(
     decision = None
     chosen, held = schedules[0], layouts[0]
     if world.size > 1 and len(schedules) * len(layouts) > 1:
-        call = Call.of(told, device_of(world))
+        call = Call.of(told, world.payload_device)
         rates = auto.rates or rates_of(world, call, inside)
         ways = schedules, layouts, mask, length, kv_length
         decision = decide(world, *ways, call, rates, auto.memory)

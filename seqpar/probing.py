@@ -24,14 +24,6 @@ TURNS = 5
 _known: MutableMapping[object, dict[object, Rates]] = WeakKeyDictionary()
 
 
-def device_of(world: World) -> torch.device:
-    """The device that this rank computes on, as far as a plan can know it."""
-    device = world.control_device
-    if device.type == "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 def rates_of(world: World, call: Call, node: int | None) -> Rates:
     """The machine's rates for such calls, the same on every rank; measured the first time, by all ranks together.
 
@@ -47,7 +39,7 @@ def rates_of(world: World, call: Call, node: int | None) -> Rates:
 
 
 def _measure(world: World, call: Call, node: int | None) -> Rates:
-    device = torch.device(call.device) if call.device != "cuda" else torch.device("cuda", torch.cuda.current_device())
+    device = world.payload_device
     tokens = TOKENS.get(call.device, 512)
     flop = tokens * tokens * call.heads
     few, many = _kernel(call, 16, device), _kernel(call, tokens, device)

@@ -28,6 +28,14 @@ PLANS: Cases = {
         {"schedule": "rings"},
         r"schedule: got 'rings', expected one of ring, allgather, ulysses, double_ring, hybrid",
     ),
+    "no mesh": (
+        {"schedule": "double_ring"},
+        r"schedule='double_ring': got a group of one axis, expected a 2-D DeviceMesh .*; pass one",
+    ),
+    "auto": (
+        {"schedule": "auto", "heads": 4},
+        r"compare what schedules cost: got heads=\(4, 4\), head_dim=None, dtype=None, expected all three; give them",
+    ),
     "cu_seqlens too long": (
         {"mask": seqpar.Documents([0, 4, 9])},
         r"cu_seqlens of batch row 0 ends at 9, expected 8, the plan's number of tokens; give padding a document",
@@ -45,6 +53,19 @@ PLANS_OF_THREE: Cases = {
     "token twice": (
         {"layout": [[0, 1], [1, 2, 3], [4, 5, 6, 7]]},
         r"9 positions, 8 of them distinct, expected each of",
+    ),
+    "ranks of a node": (
+        {"schedule": seqpar.DoubleRing(2)},
+        r"DoubleRing\(degree=\): got 2 for 3 ranks, expected a divisor of their number",
+    ),
+    "ranks that trade": ({"schedule": seqpar.Ulysses(degree=2)}, r"Ulysses\(degree=\): got 2 for 3 ranks, expected"),
+    "ranks that trade around a double ring": (
+        {"schedule": seqpar.Ulysses(seqpar.DoubleRing(2), degree=1)},
+        r"DoubleRing\(degree=\): got 2 for 3 ranks",
+    ),
+    "documents for all": (
+        {"layout": "whole_documents", "mask": seqpar.Documents([0, 5, 8])},
+        r"layout='whole_documents': got 2 documents for 3 ranks, expected at least one each; use fewer",
     ),
     "token missing": ({"layout": [[0, 1], [2, 3], [4, 5, 6]]}, r"hold 7 positions, 7 of them distinct, expected"),
     "unsorted": ({"layout": [[1, 0, 2], [3, 4], [5, 6, 7]]}, r"queries of rank 0 are not .* increasing; sort them"),

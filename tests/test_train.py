@@ -48,6 +48,8 @@ def runs(folder: Path) -> dict[str, Finished]:
     wanted["full"] = run("full", 2, "--checkpoint-activations", "full")
     wanted["selective"] = run("selective", 2, "--checkpoint-activations", "selective")
     wanted |= {name: run(name, 2, *options) for name, options in OTHERWISE.items()}
+    wanted["auto"] = run("auto", 2, "--schedule", "auto", "--layout", "auto")
+    wanted["ulysses"] = run("ulysses", 3, "--schedule", "ulysses", "--layout", "balanced")
     wanted["window"] = run("window", 3, "--mask", "window", "--window", 50, "--verify")
     return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "first"), strict=True))
 
@@ -104,7 +106,7 @@ def test_every_run_ends_well(runs: dict[str, Finished]) -> None:
         assert set(run.codes) == {0}, f"{name}: {run.output}"
 
 
-@pytest.mark.parametrize("name", ["2", "3", "4", "2x2", "full", "selective"])
+@pytest.mark.parametrize("name", ["2", "3", "4", "2x2", "full", "selective", "auto", "ulysses"])
 def test_ranks_and_checkpointing_leave_the_losses_alone(name: str, folder: Path, runs: dict[str, Finished]) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / "1"), rel=1e-4)
     held_out = [line["eval_loss"] for line in metrics(folder / name) if "eval_loss" in line]

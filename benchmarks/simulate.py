@@ -1,8 +1,8 @@
 """What every schedule would give on 8 to 1,024 GPUs, from plans and published rates: ``python benchmarks/simulate.py``.
 
 Nothing is run: the cost model of ``schedule="auto"`` (``seqpar/costs.py``) with the rates of an H100 node. Throughput
-is the useful FLOP of forward and backward (only pairs that the mask allows), per second and GPU. Of each world three
-ranks are planned, the first, a middle and the last, and the slowest of them counts.
+is the useful FLOP of forward and backward (only pairs that the mask allows), per second and GPU. Of each world some
+ranks are planned, those with the most work and the most rows to fetch and to send among them; the slowest counts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import matplotlib.pyplot as plt
 import seqpar
 from seqpar.choosing import work_of
 from seqpar.costs import Call, cost
+from seqpar.itinerary import Itinerary
 from seqpar.layouts import Layout, resolve_layout
-from seqpar.schedules import Schedule
+from seqpar.schedules import Schedule, heads_degree
 
 PICTURE = Path(__file__).parents[1] / "docs" / "schedules.png"
 NODE, HEADS, HEAD_DIM = 8, (32, 8), 128
@@ -51,13 +52,22 @@ def masks(length: int) -> dict[str, tuple[seqpar.Mask, str]]:
     }
 
 
+def busiest(work: Itinerary) -> set[int]:
+    """The ranks with the most work, and with the most rows to fetch and to send; the first and the last."""
+    moved = work.needed - work.needed.diagonal().diag()
+    return {0, work.world - 1, *(int(x.argmax()) for x in (work.pairs, moved.sum(0), moved.sum(1)))}
+
+
 def seconds(schedule: Schedule, mask: seqpar.Mask, held: Layout, length: int, world: int) -> float:
-    """Forward and backward of the slowest of three ranks."""
+    """Forward and backward of the slowest rank."""
     if isinstance(schedule, seqpar.Ulysses) and schedule.degree == world:
         return float("inf")  # within one node a hybrid is Ulysses, and a double ring a ring
     call = Call(*HEADS, HEAD_DIM, HEAD_DIM, torch.bfloat16, "cuda")
     worst = 0.0
-    for rank in sorted({0, world // 2, world - 1}):
+    degree = heads_degree(schedule, world)
+    known = work_of(schedule, mask, held, length, length, world, 0)
+    # Of those that trade, the last has as many heads as any.
+    for rank in (block * degree + degree - 1 for block in busiest(known)):
         work = work_of(schedule, mask, held, length, length, world, rank)
         worst = max(worst, cost(schedule, held, work, call, RATES, rank).seconds)
     return worst
@@ -74,7 +84,7 @@ def main(lengths: tuple[int, ...] = (131_072, 1_048_576), worlds: tuple[int, ...
                 flop = float(work.pairs.sum()) * HEADS[0] * (4 + 10) * HEAD_DIM
                 row: dict[str, object] = {"mask": name, "tokens": length, "GPUs": world}
                 found = {n: seconds(s, mask, held, length, world) for n, s in SCHEDULES.items()}
-                row |= {n: flop / s / world / 1e12 for n, s in found.items()}
+                row |= {n: flop / s / world / 1e12 if s < float("inf") else "-" for n, s in found.items()}
                 row["auto"] = min(found, key=found.__getitem__)
                 rows.append(row)
                 print(".", end="", file=sys.stderr, flush=True)
@@ -93,7 +103,7 @@ def draw(rows: list[dict[str, object]]) -> None:
     for axis, (mask, tokens) in zip(axes.flat, pictures, strict=True):
         mine = [row for row in rows if (row["mask"], row["tokens"]) == (mask, tokens)]
         for name in SCHEDULES:
-            points = [(row["GPUs"], row[name]) for row in mine if row[name]]
+            points = [(row["GPUs"], row[name]) for row in mine if row[name] != "-"]
             axis.plot(*zip(*points, strict=True), marker=".", label=name)
         axis.set(xscale="log", title=f"{mask}, {tokens:,} tokens", xlabel="GPUs", ylim=(0, None))
         axis.set_ylabel("TFLOP/s per GPU")

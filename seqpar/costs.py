@@ -153,9 +153,12 @@ def _fetches(work: Itinerary, node: int) -> list[tuple[Link, Link]]:
     if work.world == 1:
         return fetches
     if work.exchange == "gather":
-        rows = [(other // node == work.rank // node, len(keys)) for other, keys in enumerate(work.layout.keys)]
-        near, far = ([n for inside, n in rows if inside is where] for where in (True, False))
-        return [((len(near) - 1, sum(near) - len(work.keys)), (len(far), sum(far))), nothing]
+        lengths = [len(keys) for keys in work.layout.keys]
+        first = work.rank - work.rank % node
+        here, total = sum(lengths[first : first + node]), sum(lengths)
+        neighbours = len(lengths[first : first + node])
+        outside = len(lengths) - neighbours, total - here
+        return [((neighbours - 1, here - lengths[work.rank]), outside), nothing]
     crosses = work.world > node  # then the slowest hop of a ring does, and all wait for it
     for step, block in enumerate(work.blocks[1:]):
         assert block.source is not None, "only gathered blocks come from several ranks"
@@ -164,8 +167,7 @@ def _fetches(work: Itinerary, node: int) -> list[tuple[Link, Link]]:
             far = work.inside > node
         elif work.inside < work.world:  # beside all the steps of a ring
             for part in range(step + 1 - work.inside, step + 1):
-                near = fetches[part][0]
-                fetches[part] = near, (1, rows // work.inside)
+                fetches[part] = fetches[part][0], (1, rows // work.inside)
             continue
         else:
             far = crosses if work.exchange == "forward" else block.source // node != work.rank // node

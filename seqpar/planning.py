@@ -257,7 +257,7 @@ class Plan:
             self._rows_on[k.device] = [x if x is None else x.to(k.device) for x in indices]
         if self.work.exchange == "direct":
             return DirectExchange(*args, send_rows=self._rows_on[k.device])
-        return GatherExchange(*args, places=self._rows_on[k.device])
+        return GatherExchange(*args, places=[x for x in self._rows_on[k.device] if x is not None])
 
     def _grad_wire(self, dtype: torch.dtype) -> torch.dtype:
         assert not isinstance(self.schedule, Ulysses), "gradients travel by the inner plan's exchange"

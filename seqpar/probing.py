@@ -88,7 +88,8 @@ def _kernel(call: Call, tokens: int, device: torch.device) -> tuple[Callable[[],
     """Forward and backward of ``tokens`` queries that see as many keys."""
     heads = (call.heads, call.dim), (call.kv_heads, call.dim), (call.kv_heads, call.value_dim)
     q, k, v = (torch.zeros(1, tokens, h, d, dtype=call.dtype, device=device) for h, d in heads)
-    intervals = Intervals(*(torch.full((1, 1, tokens), bound, dtype=torch.int32) for bound in (0, tokens)))
+    first, last = (torch.full((1, 1, tokens), bound, dtype=torch.int32) for bound in (0, tokens))
+    intervals = Intervals(first, last)
     scale = call.dim**-0.5
     result = AUTO.forward(q, k, v, intervals, scale, None)
     out = result.out.to(call.dtype)

@@ -171,11 +171,23 @@ def on_mesh_axes(world: World) -> dict[str, Any]:
     out = plan.unshard(seqpar.attention(*[plan.shard(x)] * 3, plan))
     alone = seqpar.attention(x, x, x, seqpar.plan(seqpar.Causal(), length=9))
     torch.testing.assert_close(out, alone)
-    hybrid = seqpar.plan(seqpar.Causal(), length=9, group=mesh, schedule="hybrid")
-    assert hybrid.schedule == seqpar.Ulysses(degree=world.size // 2)
-    x = torch.randn(1, 9, 5, 8, generator=torch.Generator().manual_seed(0))
-    both = hybrid.unshard(seqpar.attention(*[hybrid.shard(x)] * 3, hybrid))
-    torch.testing.assert_close(both, seqpar.attention(x, x, x, seqpar.plan(seqpar.Causal(), length=9)))
+    told = {"heads": (5, 5), "head_dim": 8, "dtype": torch.float64}
+    chosen = {"hybrid": seqpar.Ulysses(degree=world.size // 2), "double_ring": seqpar.DoubleRing(world.size // 2)}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 9, 5, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    alone = seqpar.attention(x, x, x, seqpar.plan(seqpar.Causal(), length=9))
+    (expected,) = torch.autograd.grad(alone.square().sum(), x)
+    for schedule in ("hybrid", "double_ring", "allgather", "auto"):
+        plan = seqpar.plan(seqpar.Causal(), length=9, group=mesh, schedule=schedule, **told)
+        assert plan.schedule == chosen.get(schedule, plan.schedule)
+        plan.world.meter.reset()
+        both = plan.unshard(seqpar.attention(*[plan.shard(x)] * 3, plan))
+        torch.testing.assert_close(both, alone, rtol=1e-10, atol=1e-10)
+        (grad,) = torch.autograd.grad(both.square().sum(), x)
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+        # The groups of both axes count in the mesh's meter.
+        sent = sum(t.bytes for kind, t in plan.world.meter.by_kind.items() if kind not in ("agree", "gather"))
+        assert sent == sum(way.bytes for way in plan.traffic(1, 5, 8, torch.float64).values())
     cube = init_device_mesh("cpu", (1, 2, world.size // 2), mesh_dim_names=("dp", "node", "sp"))
     refused = {}
     for name, arguments in {"cube": {"group": cube}, "axis": {"group": mesh["sp"], "schedule": "hybrid"}}.items():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSet
+from weakref import WeakSet
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .world import Messages, SingleRank, SubWorld, Transfer, World
+
+_begun: MutableSet[dist.ProcessGroup] = WeakSet()  # groups of a mesh's axes in which all ranks have made a call
 
 Group = dist.ProcessGroup | DeviceMesh | World | None
 """What :func:`connect` takes, and so every ``group=`` of seqpar."""
@@ -75,7 +80,9 @@ def connect(group: Group) -> World:
             names = group.mesh_dim_names or ()
             raise ValueError(f"group: got a {group.ndim}-D mesh {names}, expected one or two axes; pass mesh[names]")
         if group.ndim == 2:
-            return _flat(group)
+            if group.mesh_dim_names is None:
+                raise ValueError("group: got a mesh without mesh_dim_names, expected names; give init_device_mesh some")
+            return MeshWorld(group) if group.size() > 1 else SingleRank()
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         expected = "a ProcessGroup that this rank is a member of, a DeviceMesh of one or two axes, or None for one rank"
@@ -83,21 +90,22 @@ def connect(group: Group) -> World:
     return ProcessGroupWorld(group) if dist.get_world_size(group) > 1 else SingleRank()
 
 
-def _flat(mesh: DeviceMesh) -> World:
-    """All ranks of a mesh in its own order; the mesh keeps the group that is made for them."""
-    return MeshWorld(mesh) if mesh.size() > 1 else SingleRank()
-
-
 class MeshWorld(SubWorld):
     """The ranks of a mesh of two axes, row by row, split along its axes: there every axis has a group of its own.
 
-    NCCL runs the transfers of a group one after another, so only those of different groups are under way at once.
+    The mesh keeps the group of all of them that is made here. NCCL runs the transfers of a group one after another, so
+    only those of different groups are under way at once.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         group, ranks = mesh._flatten().get_group(), mesh.mesh.flatten().tolist()
         super().__init__(ProcessGroupWorld(group), [dist.get_group_rank(group, rank) for rank in ranks])
         self._mesh = mesh
+
+    @property
+    def inside(self) -> int:
+        """The length of the mesh's last axis."""
+        return self._mesh.size(1)
 
     def split(self, degree: int) -> tuple[World, World]:
         """See :meth:`World.split`."""
@@ -107,6 +115,10 @@ class MeshWorld(SubWorld):
         group, here = self._mesh.get_group(axis), self._mesh.get_coordinate()
         assert here is not None, "this rank is not in the mesh"
         ranks = self._mesh.mesh.select(1 - axis, here[1 - axis]).tolist()
-        world = SubWorld(ProcessGroupWorld(group), [dist.get_group_rank(group, rank) for rank in ranks])
+        whole = ProcessGroupWorld(group)
+        if group not in _begun:  # NCCL wants all of a group's ranks in the first call, and an exchange may need few
+            whole._all_gather(torch.zeros(1, device=whole.control_device))
+            _begun.add(group)
+        world = SubWorld(whole, [dist.get_group_rank(group, rank) for rank in ranks])
         world.meter = self.meter
         return world

@@ -65,6 +65,11 @@ class World(ABC):
         return inside, SubWorld(self, range(self.rank % degree, self.size, degree))
 
     @property
+    def inside(self) -> int | None:
+        """How many consecutive ranks share a node, where the group says so."""
+        return None
+
+    @property
     def lasting(self) -> object:
         """What lives as long as the group of ranks does, however often it is connected."""
         return self

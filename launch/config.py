@@ -88,7 +88,7 @@ class TrainConfig:
     exchange: Literal["auto", "forward", "direct"] = "auto"
     """The ring's exchange: every shard to every rank, or only the rows that some query needs."""
     layout: str = "zigzag"
-    """Which rank holds which tokens: zigzag, contiguous, striped, balanced, document_zigzag, or auto."""
+    """Who holds which tokens: zigzag, contiguous, striped, balanced, document_zigzag, whole_documents, or auto."""
     mask: Literal["causal", "window"] = "causal"
     """Who attends to whom inside a document: all earlier tokens, or the last --window of them."""
     window: int | None = None

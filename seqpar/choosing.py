@@ -90,12 +90,19 @@ def decide(
     ValueError, on every rank, where all of them need more than ``memory`` bytes per batch row.
     """
     ways = [(schedule, layout) for layout in layouts for schedule in schedules]
-    costs = [
-        cost(s, held, work_of(s, mask, held, length, kv_length, world.size, world.rank), call, rates, world.rank)
-        for s, held in ways
-    ]
-    record = torch.tensor([[c.forward, c.backward, c.kernel, c.bytes, c.memory] for c in costs], dtype=torch.float64)
+    record, failure = torch.full((len(ways), 5), torch.nan, dtype=torch.float64), None
+    try:
+        for n, (s, held) in enumerate(ways):
+            work = work_of(s, mask, held, length, kv_length, world.size, world.rank)
+            c = cost(s, held, work, call, rates, world.rank)
+            record[n] = torch.tensor([c.forward, c.backward, c.kernel, c.bytes, c.memory])
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        failure = error
     everybodys = torch.stack(world.all_gather(record.to(world.control_device), "agree")).cpu()
+    failed = everybodys.isnan().flatten(1).any(1).nonzero().flatten().tolist()
+    if failed:
+        why = f": {failure}" if failure else ""
+        raise ValueError(f"seqpar.plan: ranks {failed} could not predict what schedules cost{why}") from failure
     slowest = everybodys[:, :, :2].sum(-1).argmax(0)
     candidates = []
     for n, (schedule, layout) in enumerate(ways):

@@ -80,7 +80,7 @@ def cost(schedule: Schedule, layout: Layout, work: Itinerary, call: Call, rates:
     me, size = rank % degree, call.dtype.itemsize
     hands = deal_heads(call.heads, call.kv_heads, degree)
     mine = hands.queries[me]
-    dealt = call._replace(heads=mine.stop - mine.start, kv_heads=len(hands.repeats[me]))
+    dealt = call._replace(heads=mine.stop - mine.start, kv_heads=hands.keys[me].stop - hands.keys[me].start)
     inner = _attend(work, dealt, rates, max(1, node // degree), grad_wire(schedule.inner, call.dtype))
     seconds, sent = {}, 0
     for way in ("forward", "backward"):

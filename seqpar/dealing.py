@@ -13,8 +13,8 @@ class Hands(NamedTuple):
 
     Attributes:
         queries, keys: a slice of the query heads, and of the KV heads, for each rank.
-        repeats: for each rank, its KV heads (counted from its first), each as often as it takes to give every one the
-            same number of query heads.
+        repeats: for each rank, how often each of its KV heads must be there for kernels, which want every one to have
+            the same number of query heads.
     """
 
     queries: tuple[slice, ...]
@@ -33,5 +33,5 @@ def deal_heads(heads: int, kv_heads: int, ranks: int) -> Hands:
         common = gcd(*readers)
         queries.append(slice(first, last))
         keys.append(slice(low, high))
-        repeats.append(tuple(kv for kv, count in enumerate(readers) for _ in range(count // common)))
+        repeats.append(tuple(count // common for count in readers))
     return Hands(tuple(queries), tuple(keys), tuple(repeats))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
 from .itinerary import busiest_rows, forward_rows
-from .schedules import Ring
+from .schedules import AllGather, Ring
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -43,8 +43,10 @@ def _why(plan: Plan) -> str:
         )
     if plan.world.size == 1:
         return "nothing travels"
-    if not isinstance(plan.schedule, Ring):
+    if isinstance(plan.schedule, AllGather):
         return "every rank holds all keys at once"
+    if not isinstance(plan.schedule, Ring):
+        return f"around rings of {plan.work.inside}, and between them"
     forward, direct = busiest_rows(forward_rows(plan.layout.keys)), busiest_rows(plan.work.needed)
     chosen = "chosen" if plan.schedule.exchange == "auto" or plan.decision is not None else "asked for"
     return f"{chosen}; the busiest rank moves {forward:,} rows passing shards on, {direct:,} sending them directly"

@@ -118,9 +118,7 @@ def itinerary(
     mask.check(length, kv_length)
     layout = resolve_layout(layout, mask, length, kv_length, world)
     lo, hi = mask.intervals(layout.queries[rank].tensor, length, kv_length)
-
-    segments, pairs = reach(mask, layout.queries, length, kv_length)
-    needed = rows_needed(layout.keys, segments)
+    segments, pairs, needed = _totals(mask, layout, length, kv_length)
     exchange = _choose_exchange(schedule, needed, layout.keys)
 
     blocks = []
@@ -130,6 +128,13 @@ def itinerary(
         intervals = Intervals(_per_query(start), _per_query(end))
         blocks.append(Block(source, keys, intervals, pairs=int(end.sum() - start.sum())))
     return Itinerary(rank, layout, tuple(blocks), exchange, inside, needed, pairs, segments)
+
+
+@lru_cache(maxsize=32)
+def _totals(mask: Mask, layout: Layout, length: int, kv_length: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Of all ranks the keys they reach, their pairs, and the rows they need of each other, however those travel."""
+    segments, pairs = reach(mask, layout.queries, length, kv_length)
+    return segments, pairs, rows_needed(layout.keys, segments)
 
 
 def ring_order(rank: int, world: int, inside: int) -> list[int]:
@@ -147,7 +152,9 @@ def _arrivals(
     yield rank, held[rank]
     if exchange == "gather":
         if others:
-            yield None, Positions.of(torch.cat([held[source].tensor for source in others]).sort().values)
+            gathered = torch.ones(sum(map(len, held)), dtype=torch.bool)
+            gathered[held[rank].tensor] = False
+            yield None, Positions.of(gathered.nonzero().squeeze(1))
         return
     for source in others:
         yield source, held[source].within(needed) if exchange == "direct" else held[source]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from numbers import Integral
 
@@ -65,15 +66,14 @@ class Layout:
 
     def merged(self, ranks: int) -> Layout:
         """What every ``ranks`` consecutive ranks hold together."""
-        return Layout(self.name, _merged(self.queries, ranks), _merged(self.keys, ranks))
+        return self if ranks == 1 else Layout(self.name, _merged(self.queries, ranks), _merged(self.keys, ranks))
 
     def __repr__(self) -> str:
         return f"Layout({self.name!r}, {len(self.queries)} ranks)"
 
 
+@lru_cache(maxsize=32)
 def _merged(held: tuple[Positions, ...], ranks: int) -> tuple[Positions, ...]:
-    if ranks == 1:
-        return held
     blocks = (held[first : first + ranks] for first in range(0, len(held), ranks))
     return tuple(Positions.of(torch.cat([positions.tensor for positions in block]).sort().values) for block in blocks)
 
@@ -90,13 +90,25 @@ def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int
             raise ValueError(
                 f"layout: got positions of {what} for {len(held)} ranks, expected {world}, the group's size"
             )
-        everything = torch.cat([positions.tensor for positions in held]).sort().values
-        if not torch.equal(everything, torch.arange(total)):
+        if not _holds_each_once(held, total):
+            everything = torch.cat([positions.tensor for positions in held])
             raise ValueError(
                 f"layout: {what} hold {len(everything)} positions, {len(everything.unique())} of them distinct, "
                 f"expected each of 0..{total - 1} on exactly one rank"
             )
     return layout
+
+
+@lru_cache(maxsize=32)
+def _holds_each_once(held: tuple[Positions, ...], total: int) -> bool:
+    if sum(map(len, held)) != total:
+        return False
+    found = torch.zeros(total, dtype=torch.bool)
+    for positions in held:
+        if len(positions) and int(positions.tensor[-1]) >= total:
+            return False
+        found[positions.tensor] = True
+    return bool(found.all())
 
 
 def _named(name: str, mask: Mask, length: int, kv_length: int, world: int) -> Layout:

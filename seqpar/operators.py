@@ -36,7 +36,7 @@ def attention_op(
     And what the backward needs besides, flat: in Ulysses q, k, v, out and lse as they were traded; else nothing.
     """
     found = registry.find(plan)
-    backend = admit(found, q, k, v, sinks, scale, kernel)
+    backend = admit(found, q, k, v, sinks, scale, kernel, wants_lse)
     with torch.autocast(q.device.type, enabled=False):
         if found.trade is not None:
             out, lse, traded = ulysses.forward(found, q, k, v, sinks, scale, backend, wants_lse)
@@ -61,11 +61,14 @@ def attention_backward_op(
     plan: int,
     scale: float,
     kernel: str,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks (empty without sinks), in their inputs' dtypes."""
     found, backend = registry.find(plan), kernel_named(kernel)
     with torch.autocast(q.device.type, enabled=False):
         if found.trade is not None:
+            if wants_lse and dlse is None:  # other ranks may have one: what is traded must not depend on it
+                dlse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device)
             return ulysses.backward(found, dout, dlse, traded, q, k, v, sinks, scale, backend)
         grad = OutputGradient(out, lse, dout, dlse)
         dq, dk, dv = ring.backward(found, grad, q, k, v, scale, backend)
@@ -107,25 +110,29 @@ def _(
     plan: int,
     scale: float,
     kernel: str,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 def _save(ctx: Any, inputs: tuple, output: Seven) -> None:
-    q, k, v, sinks, ctx.plan, ctx.scale, ctx.kernel, _ = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output)
-    ctx.set_materialize_grads(False)
+    q, k, v, sinks, ctx.plan, ctx.scale, ctx.kernel, ctx.wants_lse = inputs
     # The graph keeps the plan alive. A compiled graph knows no plan, only a number: there its caller must.
     ctx.alive = registry.find(ctx.plan) if isinstance(ctx.plan, int) else None
+    saved = (q, k, v, *output[:2])
+    if ctx.alive is not None and ctx.alive.trade is not None:  # of these the backward reads the shapes alone
+        saved = tuple(x.new_empty(()).expand(x.shape) for x in saved)
+    ctx.save_for_backward(sinks, *saved, *output[2:])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k, v, sinks, out, lse, *traded = ctx.saved_tensors
+    sinks, q, k, v, out, lse, *traded = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dsinks = attention_backward_op(
-        dout, dlse, q, k, v, out, lse, traded, sinks, ctx.plan, ctx.scale, ctx.kernel
+        dout, dlse, q, k, v, out, lse, traded, sinks, ctx.plan, ctx.scale, ctx.kernel, ctx.wants_lse
     )
     return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
 

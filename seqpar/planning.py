@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.comm import (
     DirectExchange,
@@ -75,7 +74,7 @@ def plan(
         ValueError: the same on every rank, where the arguments are wrong on any of them or differ between ranks.
     """
     world = connect(group)
-    inside = group.size(1) if isinstance(group, DeviceMesh) and group.ndim == 2 else None
+    inside = world.inside
     fields: dict[str, object] = {}
     schedules: list[Schedule] = []
     layouts: list[Layout] = []
@@ -88,7 +87,13 @@ def plan(
         layout, asked = as_layout(layout), resolve_schedule(schedule, inside)
         told = HeadShape.of(heads, head_dim, dtype)
         fields = {"length": length, "kv_length": kv_length, "mask": _fingerprint(mask), "layout": _fingerprint(layout)}
-        fields |= {"schedule": asked, "heads": told.heads, "head_dim": told.head_dim, "dtype": told.dtype}
+        fields |= {
+            "schedule": asked,
+            "ranks of a node": inside,
+            "heads": told.heads,
+            "head_dim": told.head_dim,
+            "dtype": told.dtype,
+        }
         mask.check(length, kv_length)
         schedules = schedules_to_try(asked, world.size, inside)
         layouts = layouts_to_try(layout, mask, length, kv_length, world.size)
@@ -234,7 +239,10 @@ class Plan:
         rank = self.world.rank if rank is None else rank
         if self.trade is not None:
             return self.trade.traffic(batch, shape.heads, shape.head_dim, dtype, rank)
-        elements = batch * shape.heads[1] * sum(shape.head_dim)
+        return self.kv_traffic(batch * shape.heads[1] * sum(shape.head_dim), dtype, rank)
+
+    def kv_traffic(self, elements: int, dtype: torch.dtype, rank: int) -> dict[str, Traffic]:
+        """What one pass of K and V and their gradients sends from ``rank``, of ``elements`` in a row of both."""
         moved, returned = (self.work.messages(rank, grads=grads) for grads in (False, True))
         kv = sum(moved) * elements * dtype.itemsize
         grads = sum(returned) * elements * self._grad_wire(dtype).itemsize

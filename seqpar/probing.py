@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from seqpar.comm import World
+from seqpar.comm import World, agree
 from seqpar.kernels import AUTO, Intervals, OutputGradient
 
 from .costs import Call
@@ -18,6 +18,7 @@ from .rates import Rates
 TOKENS = {"cpu": 512, "cuda": 4096}
 MESSAGE_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 COPIES = 16  # messages that are copied at once: into memory that the allocator has not kept
+HEADS = 8
 TURNS = 5
 
 # What is known of a group lives as long as the group does.
@@ -33,21 +34,35 @@ def rates_of(world: World, call: Call, node: int | None) -> Rates:
         node: how many consecutive ranks share a node, where the group says so.
     """
     kept = _known.setdefault(world.lasting, {})
-    if call not in kept:
-        kept[call] = _measure(world, call, node)
-    return kept[call]
+    if (call, node) not in kept:
+        kept[call, node] = _measure(world, _smaller(call), node)
+    return kept[call, node]
+
+
+def _smaller(call: Call) -> Call:
+    """With at most 8 query heads: what a FLOP takes does not depend on them."""
+    group = call.heads // call.kv_heads
+    kv_heads = max(1, min(call.kv_heads, HEADS // group))
+    return call._replace(heads=kv_heads * min(group, HEADS), kv_heads=kv_heads)
 
 
 def _measure(world: World, call: Call, node: int | None) -> Rates:
-    device = world.payload_device
+    device, refusal = world.payload_device, None
     tokens = TOKENS.get(call.device, 512)
     flop = tokens * tokens * call.heads
-    few, many = _kernel(call, 16, device), _kernel(call, tokens, device)
-    calls = [_seconds(kernel, device) for kernel in few]
-    forward, backward = (max(1e-9, _seconds(kernel, device) - less) for kernel, less in zip(many, calls, strict=True))
-    large = torch.zeros(MESSAGE_BYTES.get(call.device, 4 << 20), dtype=torch.uint8, device=device)
-    huge = large.repeat(COPIES)
-    copy = _seconds(huge.clone, device)
+    local: list[float] = []
+    try:
+        few, many = _kernel(call, 16, device), _kernel(call, tokens, device)
+        calls = [_seconds(kernel, device) for kernel in few]
+        local = [max(1e-9, _seconds(kernel, device) - less) for kernel, less in zip(many, calls, strict=True)]
+        large = torch.zeros(MESSAGE_BYTES.get(call.device, 4 << 20), dtype=torch.uint8, device=device)
+        huge = large.repeat(COPIES)
+        local += [*calls, len(huge) / _seconds(huge.clone, device)]
+        del huge
+    except Exception as error:  # whatever it is, the other ranks must hear of it before they wait for messages
+        refusal = error
+    agree(world, "seqpar.plan", {"probe": call}, refusal)
+    forward, backward, *calls, copy = local
     near, far = world.split(node or world.size)
     links = [_link(part, large, device) for part in (near, far)]
     slower = near if near.size > 1 else far
@@ -58,7 +73,7 @@ def _measure(world: World, call: Call, node: int | None) -> Rates:
         -flop * 2 * (call.dim + call.value_dim) / forward,
         -flop * 2 * (3 * call.dim + 2 * call.value_dim) / backward,
         *calls,
-        -len(huge) / copy,
+        -copy,
         *(value for latency, seconds in links for value in (latency, -len(large) / max(seconds - latency, 1e-9))),
         -min(1.0, max(0.0, hidden)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class Rates:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 1 if field.name == "node" else 0
-            if value is not None and not (isinstance(value, (int, float)) and value >= least):
+            kind = Integral if field.name == "node" else Real
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value < least):
                 raise ValueError(f"Rates({field.name}=): got {value!r}, expected a number >= {least}")
         for name in ("forward", "backward", "copy", "bandwidth"):
             if not getattr(self, name):

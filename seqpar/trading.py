@@ -69,8 +69,8 @@ class Trade:
         mine = hands.queries[rank % degree]
         inside = {"forward": Traffic(0, 0), "backward": Traffic(0, 0)}
         if mine.stop > mine.start:
-            dealt = mine.stop - mine.start, len(hands.repeats[rank % degree])
-            inside = self.plan.traffic(batch, dealt, head_dim, dtype, rank // degree)
+            keys = hands.keys[rank % degree]
+            inside = self.plan.kv_traffic(batch * (keys.stop - keys.start) * sum(head_dim), dtype, rank // degree)
         sent = messages(self._held, degree, rank, *heads, *head_dim)
         return {
             way: Traffic(

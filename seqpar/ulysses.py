@@ -41,12 +41,12 @@ def forward(
     hands, tokens, keys = _dealing(plan, q, k)
     q_dealt, k_dealt, v_dealt = to_heads(trade.world, (q, k, v), (tokens, keys, keys), "trade")
     my_sinks = None if sinks is None else sinks[hands.queries[trade.world.rank]]
-    index = _repeats(hands, plan, q.device)
-    key, value = (_repeat(x, index) for x in (k_dealt, v_dealt))
-    partial = ring.forward(trade.plan, q_dealt, key, value, my_sinks, scale, kernel)
+    partial = ring.forward(
+        trade.plan, q_dealt, k_dealt, v_dealt, my_sinks, scale, kernel, hands.repeats[trade.world.rank]
+    )
     their_out = partial.out.to(q.dtype)
     (out,) = to_tokens(trade.world, (their_out,), (tokens,), (q.shape[2],), "out")
-    lse = partial.lse.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)  # nobody asked for it
+    lse = partial.lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
     if wants_lse:
         (column,) = to_tokens(trade.world, (_column(partial.lse),), (tokens,), (q.shape[2],), "lse")
         lse = _row(column)
@@ -65,11 +65,9 @@ def backward(
     if dlse is not None:
         dlse = _row(to_heads(trade.world, (_column(dlse),), (tokens,), "dlse")[0])
     grad = OutputGradient(traded.out, traded.lse, dout, dlse)
-    index = _repeats(hands, plan, q.device)
-    key, value = (_repeat(x, index) for x in (traded.k, traded.v))
-    dq, *repeated = ring.backward(trade.plan, grad, traded.q, key, value, scale, kernel)
-    dk, dv = (g.new_zeros(x.shape).index_add_(2, index, g) for x, g in zip((traded.k, traded.v), repeated, strict=True))
-    grads = [g.to(q.dtype) for g in (dq, dk, dv)]
+    repeats = hands.repeats[trade.world.rank]
+    grads = ring.backward(trade.plan, grad, traded.q, traded.k, traded.v, scale, kernel, repeats)
+    grads = [g.to(q.dtype) for g in grads]
     num_heads = q.shape[2], k.shape[2], k.shape[2]
     dq, dk, dv = to_tokens(trade.world, grads, (tokens, keys, keys), num_heads, "trade")
     if sinks is None:
@@ -103,15 +101,6 @@ def _dealing(plan: Plan, q: Tensor, k: Tensor) -> tuple[Hands, Dealt, Dealt]:
     hands = deal_heads(q.shape[2], k.shape[2], trade.world.size)
     queries, keys = trade.places(q.device)
     return hands, Dealt(hands.queries, queries), Dealt(hands.keys, keys)
-
-
-def _repeat(x: Tensor, index: Tensor) -> Tensor:
-    """K or V with every KV head as often as kernels need it to have the same number of query heads for each."""
-    return x if len(index) == x.shape[2] else x.index_select(2, index)
-
-
-def _repeats(hands: Hands, plan: Plan, device: torch.device) -> Tensor:
-    return torch.tensor(hands.repeats[_trade(plan).world.rank], dtype=torch.int64, device=device)
 
 
 def _column(lse: Tensor) -> Tensor:

@@ -81,20 +81,22 @@ def check_types(
         agree_once(plan, ATTENTION, {}, error)
 
 
-def admit(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: str) -> Kernel:
+def admit(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: str, wants_lse: bool
+) -> Kernel:
     """The kernel for these tensors, or a ValueError: the same on every rank at the first call of a kind with a plan."""
     backend, refusal = None, None
     try:
         backend = _check(plan, q, k, v, sinks, kernel)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         refusal = error
-    agree_once(plan, ATTENTION, _kind(plan, q, k, v, sinks, scale, kernel), refusal)
+    agree_once(plan, ATTENTION, _kind(plan, q, k, v, sinks, scale, kernel, wants_lse), refusal)
     assert backend is not None, "an inadmissible call was agreed on"
     return backend
 
 
 def _kind(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: str
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: str, wants_lse: bool
 ) -> dict[str, object]:
     """What every rank's call must have in common: all but the number of tokens."""
     return {
@@ -107,6 +109,7 @@ def _kind(
         "sinks": None if sinks is None else tuple(sinks.shape),
         "scale": scale,
         "kernel": kernel,
+        "lse": wants_lse,
         "requires_grad": any(x.requires_grad for x in (q, k, v)),
     }
 

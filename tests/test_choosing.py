@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from seqpar.comm import World, run_loopback
 from seqpar.costs import Call, cost
 from seqpar.layouts import resolve_layout
 from support.cases import LAYOUTS, MASKS, SCHEDULES, fits, layout_of, scheduled
-from support.jobs import plan_automatically
+from support.jobs import plan_automatically, rates_of_meshes
 from support.ranks import run_gloo
 
 RATES = seqpar.Rates(
@@ -152,6 +154,38 @@ def test_rates_are_measured_once_per_group_by_all_ranks_together() -> None:
     assert 0 <= rates.overlap <= 1
 
 
+@pytest.mark.parametrize("where", ["seqpar.choosing.cost", "seqpar.probing._kernel"])
+def test_a_rank_that_fails_to_predict_tells_the_others(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name = where.rsplit(".", 1)
+    original, failing = getattr(sys.modules[module], name), threading.local()
+
+    def fail(*args: Any) -> Any:
+        if failing.rank == 1:
+            raise MemoryError("no memory left")
+        return original(*args)
+
+    monkeypatch.setattr(where, fail)
+    messages = []
+
+    def job(w: World) -> None:
+        failing.rank = w.rank
+        try:
+            seqpar.plan(Causal(), length=64, group=w, schedule="auto", **TOLD)
+        except ValueError as error:
+            messages.append(str(error))
+
+    run_loopback(3, job)
+    assert len(messages) == 3
+    assert all("1" in message for message in messages)
+
+
+def test_a_mesh_of_two_axes_is_measured_along_both() -> None:
+    for plain, both, again in run_gloo(4, rates_of_meshes):
+        assert plain.node is None
+        assert both.node == again.node == 2
+        assert both.far_bandwidth
+
+
 def test_explain_lists_candidates_and_says_why() -> None:
     text = choice(SlidingWindow(1023), 4, SLOW_LINKS).explain()
     assert "auto: 500,000 and 400,000 GFLOP/s forward and backward, 1.00 GB/s, 10 us a message" in text
@@ -210,6 +244,8 @@ def test_auto_refuses_odd_options(options: dict[str, Any], message: str) -> None
         ({"latency": -1.0}, r"Rates\(latency=\): got -1.0, expected a number >= 0"),
         ({"overlap": 1.5}, r"Rates\(overlap=\): got 1.5, expected 0 .. 1"),
         ({"node": 0}, r"Rates\(node=\): got 0, expected a number >= 1"),
+        ({"node": 2.5}, r"Rates\(node=\): got 2.5, expected a number >= 1"),
+        ({"bandwidth": True}, r"Rates\(bandwidth=\): got True, expected a number"),
         ({"call": "fast"}, r"Rates\(call=\): got 'fast', expected a number >= 0"),
     ],
 )

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 import seqpar
-from seqpar.comm import run_loopback
+from seqpar.comm import World, run_loopback
 from support.cases import SCHEDULES
 from support.jobs import beside_other_axes, checkpointed, compiled, on_mesh_axes
 from support.ranks import run_gloo
@@ -48,6 +48,11 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     plan = causal(7)
     for sinks in (None, torch.randn(4, requires_grad=True)):
         torch.library.opcheck(torch.ops.seqpar.attention.default, (q, k, v, sinks, plan.handle, 0.3, "auto", True))
+    for schedule in ("ring", "ulysses"):
+        plan = seqpar.plan(seqpar.Causal(), length=7, schedule=schedule)
+        for wants_lse in (True, False):
+            arguments = (q, k, v, None, plan.handle, 0.3, "auto", wants_lse)
+            torch.library.opcheck(torch.ops.seqpar.attention.default, arguments)
     # What its fake promises to a compiler, whatever the strides and head dims of the inputs.
     q, k, v = (torch.randn(1, heads, 7, 8).transpose(1, 2) for heads in (4, 2, 2))
     for value in (v, v[..., :5]):
@@ -91,6 +96,25 @@ def test_every_schedule_compiles_to_one_graph(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses"])
 def test_fsdp_and_tensor_parallel_on_other_axes(schedule: str) -> None:
     assert max(run_gloo(4, beside_other_axes, schedule)) <= 1e-10
+
+
+@pytest.mark.parametrize("schedule", ["ring", "ulysses"])
+def test_a_backward_keeps_q_k_v_out_and_lse_once(schedule: str) -> None:
+    def job(world: World) -> float:
+        plan = seqpar.plan(seqpar.Causal(), length=64, group=world, schedule=schedule)
+        q, k, v = (torch.randn(1, 32, 4, 16, requires_grad=True) for _ in range(3))
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            seqpar.attention(q, k, v, plan)
+        return sum(kept.values()) / q.nbytes
+
+    for of_q in run_loopback(2, job):
+        assert 4.0 < of_q < 4.2
 
 
 def test_autocast_casts_as_sdpa_does() -> None:

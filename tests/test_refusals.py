@@ -277,6 +277,23 @@ def test_devices_must_agree() -> None:
     plan = seqpar.plan(seqpar.Full(), length=8)
     expected = r"v: got torch.float32 on meta, expected q's torch.float32 on cpu; cast or move it"
     with pytest.raises(ValueError, match=expected):
-        admit(plan, X, X, X.to("meta"), None, 1.0, "auto")
+        admit(plan, X, X, X.to("meta"), None, 1.0, "auto", False)
     with pytest.raises(ValueError, match=r"kernel='cpu': got tensors on meta, expected the CPU; use kernel='auto'"):
         admit(plan, *[X.to("meta")] * 3, None, 1.0, "cpu")
+
+
+def test_ranks_of_which_some_want_the_lse() -> None:
+    """In Ulysses it is traded: those who do not want it would not take part."""
+
+    def job(world: World) -> str | None:
+        plan = seqpar.plan(seqpar.Causal(), length=8, group=world, schedule="ulysses")
+        x = plan.shard(X)
+        try:
+            (seqpar.attention if world.rank else seqpar.attention_with_lse)(x, x, x, plan)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    assert_refused(
+        run_loopback(2, job), r"ranks disagree on lse: got True on rank 0, False on rank 1; expected the same"
+    )

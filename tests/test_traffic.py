@@ -101,6 +101,16 @@ def test_the_closed_form(schedule: str, world: int, heads: tuple[int, int]) -> N
                 assert backward == predicted["backward"].bytes == factor * unit
 
 
+def test_kv_heads_that_kernels_want_repeated_travel_once() -> None:
+    """16 query heads on 3 ranks are 5, 5 and 6, which read 2 KV heads each: a block sends those 2 to the other."""
+    schedule = seqpar.Ulysses(seqpar.Ring("forward"), degree=3)
+    for predicted, forward, both in measured(6, "causal", "contiguous", (16, 4), torch.bfloat16, schedule):
+        rows = forward["kv"].bytes / (2 * 2 * (16 + 16) * 2)  # batch x KV heads x (D + Dv) x bytes
+        assert rows in (30, 31)
+        assert predicted["forward"] == total(forward)
+        assert sums(predicted["forward"], predicted["backward"]) == total(both)
+
+
 def test_direct_on_causal_zigzag_moves_a_quarter_less_in_all() -> None:
     even = replace(MASKS["causal"], length=EVEN, kv_length=EVEN)
     with patch.dict(MASKS, causal=even):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import seqpar
-from seqpar.comm import World
+from seqpar.comm import World, connect
 
 from .cases import MASKS, layout_of
 from .oracle import error
@@ -160,6 +160,21 @@ def plan_automatically(world: World) -> tuple[int, int, seqpar.Rates]:
         assert plan.decision is not None
         sent.append(plan.world.meter.by_kind.get("probe", (0, 0))[0])
     return sent[0], sent[1], plan.decision.rates
+
+
+def rates_of_meshes(world: World) -> list[seqpar.Rates]:
+    """The rates found for one axis of all ranks, for two over the same ranks, and for those once connected."""
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("node", "sp"))
+    found = []
+    for group in (dist.group.WORLD, mesh, connect(mesh)):
+        plan = seqpar.plan(
+            seqpar.Causal(), length=64, group=group, schedule="auto", heads=2, head_dim=8, dtype=torch.float32
+        )
+        assert plan.decision is not None
+        found.append(plan.decision.rates)
+    hybrid = seqpar.plan(seqpar.Causal(), length=64, group=connect(mesh), schedule="hybrid")
+    assert hybrid.schedule == seqpar.Ulysses(degree=world.size // 2)
+    return found
 
 
 def on_mesh_axes(world: World) -> dict[str, Any]:

@@ -6,10 +6,13 @@ import time
 
 import torch
 from measuring import median, show, write
-from schedules import documents
+from schedules import GPU, documents
 
 import seqpar
-from seqpar.itinerary import busiest_rows, itinerary
+from seqpar import layouts
+from seqpar.choosing import layouts_to_try, schedules_to_try, work_of
+from seqpar.costs import Call, cost
+from seqpar.itinerary import busiest_rows, itinerary, totals
 from seqpar.layouts import resolve_layout
 
 RUNS = 7
@@ -20,7 +23,7 @@ def milliseconds(mask: seqpar.Mask, layout: str, length: int, world: int) -> flo
     """The median of several ranks' first plans, none of them cached."""
     seconds = []
     for rank in range(RUNS + 1):
-        itinerary.cache_clear()
+        forget()
         begin = time.process_time()
         itinerary(mask, layout, seqpar.Ring(), length, length, world, rank)
         seconds.append(time.process_time() - begin)
@@ -38,6 +41,23 @@ def evenness(name: str, mask: seqpar.Mask, length: int, world: int) -> dict[str,
         row[f"{layout}: work"] = float(work.pairs.max() / work.pairs.double().mean())
         row[f"{layout}: rows"] = busiest_rows(work.needed)
     return row
+
+
+def forget() -> None:
+    """Whatever is kept of earlier plans."""
+    for cached in (itinerary, totals, layouts.holds_each_once, layouts.merged):
+        cached.cache_clear()
+
+
+def comparing(mask: seqpar.Mask, length: int, world: int) -> float:
+    """Milliseconds of one core for one rank to compare all candidates of ``auto``, nothing of them known before."""
+    call, inside = Call(32, 8, 128, 128, torch.bfloat16, "cuda"), 8 if world > 8 else None
+    forget()
+    begin = time.process_time()
+    for held in layouts_to_try("auto", mask, length, length, world):
+        for schedule in schedules_to_try(seqpar.Auto(), world, inside):
+            cost(schedule, held, work_of(schedule, mask, held, length, length, world, 0), call, GPU, 0)
+    return (time.process_time() - begin) * 1e3
 
 
 def dealing(mask: seqpar.Mask, length: int, world: int) -> float:
@@ -65,9 +85,9 @@ def main() -> None:
             costs = {
                 layout: milliseconds(mask, layout, length, world) for layout in ("zigzag", "contiguous", "striped")
             }
-            rows.append(
-                {"tokens": length, "ranks": world, "mask": name, **costs, "balanced": dealing(mask, length, world)}
-            )
+            costs["dealing balanced"] = dealing(mask, length, world)
+            costs["comparing for auto"] = comparing(mask, length, world)
+            rows.append({"tokens": length, "ranks": world, "mask": name, **costs})
     even = [
         evenness(name, mask, length, world)
         for length, world in ((131_072, 8), (1_048_576, 64))
@@ -79,7 +99,7 @@ def main() -> None:
             "256 documents, log-normal": seqpar.Causal() & documents(256, length),
         }.items()
     ]
-    show("milliseconds of one core for a rank's itinerary, and to deal a balanced layout", rows)
+    show("milliseconds of one core for a rank's itinerary, to deal a balanced layout, to compare for auto", rows)
     show("the busiest rank's work over the mean, and the rows that it moves", even)
     write("planning", {"milliseconds": rows, "evenness": even})
 

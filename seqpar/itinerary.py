@@ -118,7 +118,7 @@ def itinerary(
     mask.check(length, kv_length)
     layout = resolve_layout(layout, mask, length, kv_length, world)
     lo, hi = mask.intervals(layout.queries[rank].tensor, length, kv_length)
-    segments, pairs, needed = _totals(mask, layout, length, kv_length)
+    segments, pairs, needed = totals(mask, layout, length, kv_length)
     exchange = _choose_exchange(schedule, needed, layout.keys)
 
     blocks = []
@@ -131,7 +131,7 @@ def itinerary(
 
 
 @lru_cache(maxsize=32)
-def _totals(mask: Mask, layout: Layout, length: int, kv_length: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def totals(mask: Mask, layout: Layout, length: int, kv_length: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Of all ranks the keys they reach, their pairs, and the rows they need of each other, however those travel."""
     segments, pairs = reach(mask, layout.queries, length, kv_length)
     return segments, pairs, rows_needed(layout.keys, segments)

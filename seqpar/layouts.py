@@ -66,14 +66,15 @@ class Layout:
 
     def merged(self, ranks: int) -> Layout:
         """What every ``ranks`` consecutive ranks hold together."""
-        return self if ranks == 1 else Layout(self.name, _merged(self.queries, ranks), _merged(self.keys, ranks))
+        return self if ranks == 1 else Layout(self.name, merged(self.queries, ranks), merged(self.keys, ranks))
 
     def __repr__(self) -> str:
         return f"Layout({self.name!r}, {len(self.queries)} ranks)"
 
 
 @lru_cache(maxsize=32)
-def _merged(held: tuple[Positions, ...], ranks: int) -> tuple[Positions, ...]:
+def merged(held: tuple[Positions, ...], ranks: int) -> tuple[Positions, ...]:
+    """What every ``ranks`` consecutive ranks hold together."""
     blocks = (held[first : first + ranks] for first in range(0, len(held), ranks))
     return tuple(Positions.of(torch.cat([positions.tensor for positions in block]).sort().values) for block in blocks)
 
@@ -90,7 +91,7 @@ def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int
             raise ValueError(
                 f"layout: got positions of {what} for {len(held)} ranks, expected {world}, the group's size"
             )
-        if not _holds_each_once(held, total):
+        if not holds_each_once(held, total):
             everything = torch.cat([positions.tensor for positions in held])
             raise ValueError(
                 f"layout: {what} hold {len(everything)} positions, {len(everything.unique())} of them distinct, "
@@ -100,7 +101,8 @@ def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int
 
 
 @lru_cache(maxsize=32)
-def _holds_each_once(held: tuple[Positions, ...], total: int) -> bool:
+def holds_each_once(held: tuple[Positions, ...], total: int) -> bool:
+    """Whether each of ``0 .. total - 1`` is on exactly one rank."""
     if sum(map(len, held)) != total:
         return False
     found = torch.zeros(total, dtype=torch.bool)

@@ -120,7 +120,7 @@ def _save(ctx: Any, inputs: tuple, output: Seven) -> None:
     q, k, v, sinks, ctx.plan, ctx.scale, ctx.kernel, ctx.wants_lse = inputs
     # The graph keeps the plan alive. A compiled graph knows no plan, only a number: there its caller must.
     ctx.alive = registry.find(ctx.plan) if isinstance(ctx.plan, int) else None
-    saved = (q, k, v, *output[:2])
+    saved: tuple[Tensor, ...] = (q, k, v, *output[:2])
     if ctx.alive is not None and ctx.alive.trade is not None:  # of these the backward reads the shapes alone
         saved = tuple(x.new_empty(()).expand(x.shape) for x in saved)
     ctx.save_for_backward(sinks, *saved, *output[2:])

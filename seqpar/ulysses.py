@@ -66,8 +66,8 @@ def backward(
         dlse = _row(to_heads(trade.world, (_column(dlse),), (tokens,), "dlse")[0])
     grad = OutputGradient(traded.out, traded.lse, dout, dlse)
     repeats = hands.repeats[trade.world.rank]
-    grads = ring.backward(trade.plan, grad, traded.q, traded.k, traded.v, scale, kernel, repeats)
-    grads = [g.to(q.dtype) for g in grads]
+    summed = ring.backward(trade.plan, grad, traded.q, traded.k, traded.v, scale, kernel, repeats)
+    grads = [g.to(q.dtype) for g in summed]
     num_heads = q.shape[2], k.shape[2], k.shape[2]
     dq, dk, dv = to_tokens(trade.world, grads, (tokens, keys, keys), num_heads, "trade")
     if sinks is None:

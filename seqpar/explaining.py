@@ -20,10 +20,13 @@ def explain(plan: Plan) -> str:
     keys = "" if plan.kv_length == plan.length else f" x {plan.kv_length:,} keys"
     pairs = work.pairs.double()
     imbalance = pairs.max() / pairs.mean().clamp(min=1)
+    who = "rank"
+    if plan.trade is not None:  # then their shares are of heads, of all that the block holds
+        who = f"block of {plan.trade.world.size} ranks"
     lines = [
         f"{plan.mask} over {plan.length:,} tokens{keys}",
         f"layout: {plan.layout.name} on {world.size} rank(s), of which this is rank {world.rank}",
-        f"work: {int(pairs.sum()):,} query-key pairs in all, busiest rank / mean {imbalance:.3f}",
+        f"work: {int(pairs.sum()):,} query-key pairs in all, busiest {who} / mean {imbalance:.3f}",
         f"schedule: {plan.schedule}: {work.exchange} exchange, {_why(plan)}",
         *_candidates(plan),
         *_bytes(plan),

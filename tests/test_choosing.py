@@ -25,6 +25,7 @@ RATES = seqpar.Rates(
     bandwidth=100e9, latency=10e-6, overlap=1.0,
 )  # fmt: skip
 SLOW_LINKS = replace(RATES, bandwidth=1e9)
+MORE: dict[str, Any] = {"head_dim": 16, "dtype": torch.bfloat16}
 TOLD: dict[str, Any] = {"heads": (8, 2), "head_dim": (16, 8), "dtype": torch.bfloat16}
 
 
@@ -193,6 +194,24 @@ def test_explain_lists_candidates_and_says_why() -> None:
         assert name in text
     assert text.count("-> ") == 1
     assert "chosen: " in text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (seqpar.Ring(), ["busiest rank / mean 1.0"]),
+        (seqpar.DoubleRing(2), ["busiest rank / mean 1.0", "forward exchange, around rings of 2, and between them"]),
+        (seqpar.AllGather(), ["gather exchange, every rank holds all keys at once"]),
+        (seqpar.Ulysses(degree=2), ["busiest block of 2 ranks / mean 1.0", "among those with the same heads"]),
+    ],
+    ids=str,
+)
+def test_explain_says_how_a_schedule_moves(schedule: Any, words: list[str]) -> None:
+    def job(w: World) -> str:
+        return seqpar.plan(Causal(), length=64, group=w, schedule=schedule, heads=(8, 2), **MORE).explain()
+
+    for text in run_loopback(4, job):
+        assert all(word in text for word in words), text
 
 
 def test_one_rank_chooses_nothing() -> None:

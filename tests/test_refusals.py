@@ -279,7 +279,7 @@ def test_devices_must_agree() -> None:
     with pytest.raises(ValueError, match=expected):
         admit(plan, X, X, X.to("meta"), None, 1.0, "auto", False)
     with pytest.raises(ValueError, match=r"kernel='cpu': got tensors on meta, expected the CPU; use kernel='auto'"):
-        admit(plan, *[X.to("meta")] * 3, None, 1.0, "cpu")
+        admit(plan, *[X.to("meta")] * 3, None, 1.0, "cpu", False)
 
 
 def test_ranks_of_which_some_want_the_lse() -> None:

@@ -95,7 +95,7 @@ def decide(
         for n, (s, held) in enumerate(ways):
             work = work_of(s, mask, held, length, kv_length, world.size, world.rank)
             c = cost(s, held, work, call, rates, world.rank)
-            record[n] = torch.tensor([c.forward, c.backward, c.kernel, c.bytes, c.memory])
+            record[n] = torch.tensor([c.forward, c.backward, c.kernel, c.bytes, c.memory], dtype=torch.float64)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
     everybodys = torch.stack(world.all_gather(record.to(world.control_device), "agree")).cpu()

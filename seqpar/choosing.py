@@ -17,7 +17,6 @@ from .rates import Rates
 from .schedules import AllGather, Auto, DoubleRing, Inner, Ring, Schedule, Ulysses, heads_degree
 
 UNEVEN = 1.1  # the most tokens a rank may hold, over the mean: the rest of the model waits for that rank
-
 ALIKE = 1.01  # predictions that differ by less are as good as equal: then the fewest bytes decide
 
 

@@ -133,9 +133,6 @@ def _pass_on(world: World, message: torch.Tensor, into: torch.Tensor) -> None:
 
 def _beside(world: World, message: torch.Tensor, kernel: Callable[[], object]) -> None:
     """A kernel while a message is under way."""
-    if world.size == 1:
-        kernel()
-        return
     transfer = world.start([(world.peer(1), message)], [(world.peer(-1), torch.empty_like(message))], "probe")
     kernel()
     transfer.wait()

@@ -100,6 +100,20 @@ def test_the_grid(
     record_property("grid_cases", len(counts))
 
 
+@pytest.mark.parametrize("heads", HEAD_COUNTS, ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "world"),
+    [*((SCHEDULES[name], world) for name, world in scheduled(3, 4)), (seqpar.Ulysses(degree=3), 6)],
+    ids=str,
+)
+def test_every_head_count(schedule: Any, world: int, heads: tuple[int, int]) -> None:
+    """Also without ``--full-grid``: heads dealt unevenly, whose KV heads are there more than once for kernels."""
+    inputs = tensors(MASKS["causal"], heads, torch.float64, value_dim=12)
+    job = partial(attend, schedule=schedule, sinks=True, lse=True)
+    expected = oracle("causal", heads, torch.float64, value_dim=12, sinks=True, lse=True)
+    assert_exact(run_loopback(world, job, "causal", "zigzag", inputs), expected, dict.fromkeys(expected, 1e-10))
+
+
 @pytest.mark.parametrize(("mask", "layout", "world"), [case for case in GRID if case.values[2] in (2, 3)])
 def test_bf16_within_pytorchs_own_error(mask: str, layout: str, world: int) -> None:
     for heads in HEADS.values():

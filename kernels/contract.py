@@ -26,7 +26,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 class Intervals:
     """The keys that each query sees: ``start[i] <= j < end[i]``, indices into the block's own keys.
 
-    ``start`` and ``end`` are int32 ``[B|1, H|1, Tq]``, non-decreasing along Tq, and equal where a query sees nothing.
+    ``start`` and ``end`` are int32 ``[B|1, G, Tq]``, non-decreasing along Tq, and equal where a query sees nothing. G
+    divides the query heads: neighbours share (1: all of them; the KV heads: each with those that read it).
     One instance serves every layer, so what kernels derive from it (pieces, copies on a device, the queries of key
     tiles) is kept on it. Plans make it on the CPU; a kernel that computes elsewhere takes its copy there.
     """
@@ -35,6 +36,7 @@ class Intervals:
     end: Tensor
     _on_device: dict[torch.device, Intervals] = field(default_factory=dict, repr=False)
     _queries_of_tiles: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    _repeated: dict[tuple[int, ...], Intervals] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Dense: kernels read them by their shape."""
@@ -49,6 +51,20 @@ class Intervals:
             self._on_device[device] = Intervals(self.start.to(device), self.end.to(device))
         return self._on_device[device]
 
+    def repeated(self, counts: tuple[int, ...]) -> Intervals:
+        """Those of each of the G neighbours so often; themselves where there is one for all, or each once."""
+        if self.start.shape[1] == 1 or max(counts) == 1:
+            return self
+        if counts not in self._repeated:
+            times = torch.tensor(counts, device=self.start.device)
+            self._repeated[counts] = Intervals(*(x.repeat_interleave(times, 1) for x in (self.start, self.end)))
+        return self._repeated[counts]
+
+    def of_heads(self, heads: int) -> Intervals:
+        """One for each of ``heads`` query heads; itself where there is one for all."""
+        groups = self.start.shape[1]
+        return self.repeated((heads // groups,) * groups)
+
     @cached_property
     def pieces(self) -> list[list[list[Piece]]]:
         """``pieces[b][h]`` lists the dense rectangles, triangles and ragged tiles that make up the intervals."""
@@ -61,7 +77,7 @@ class Intervals:
         return plain_piece(self.start[0, 0].cpu(), self.end[0, 0].cpu()) if self.start.shape[:2] == (1, 1) else None
 
     def queries_of_tiles(self, tile: int, keys: int) -> Tensor:
-        """Which queries meet each tile of ``tile`` keys: int32 ``[B|1, H|1, ceil(keys / tile), 4]``, on its device.
+        """Which queries meet each tile of ``tile`` keys: int32 ``[B|1, G, ceil(keys / tile), 4]``, on its device.
 
         Queries ``first .. last - 1`` see some key of the tile, ``whole_first .. whole_last - 1`` see all of them.
         Found by bisection, where the intervals are: nothing is read back.

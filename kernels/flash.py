@@ -112,7 +112,7 @@ class FlashKernel:
         q, k, v = (library.prepared(_pad_to(dim, x)) for dim, x in ((padded, q), (padded, k), (padded_value, v)))
         calls = list(_calls(intervals, shape))
         for call in calls:
-            batch, heads, kv_heads, piece = call
+            batch, heads, kv_heads, piece, _, _ = call
             mask = _additive_mask(intervals, call, q.dtype)
             key, value = (x[batch, piece.keys, kv_heads] for x in (k, v))
             out, lse = library.forward(q[batch, piece.rows, heads], key, value, piece.kind == "causal", scale, mask)
@@ -164,7 +164,7 @@ class FlashKernel:
             column[..., 0] = grad.dlse.transpose(1, 2)
             terms.append((ones, nothing, column))
         for call in _calls(intervals, shape):
-            batch, heads, kv_heads, piece = call
+            batch, heads, kv_heads, piece, _, _ = call
             mask = _additive_mask(intervals, call, q.dtype)
             rows, keys = (batch, piece.rows, heads), (batch, piece.keys, kv_heads)
             for values, outs, douts in terms:
@@ -186,22 +186,26 @@ class FlashKernel:
 
 
 class _Call(NamedTuple):
-    """A piece, and the batch rows, query heads and KV heads that it holds for."""
+    """A piece of ``pieces[b][h]``, and the batch rows, query heads and KV heads that it holds for."""
 
     batch: slice
     heads: slice
     kv_heads: slice
     piece: Piece
+    b: int
+    h: int
 
 
 def _calls(intervals: Intervals, shape: Shape) -> Iterator[_Call]:
     everything, group = slice(None), shape.heads // shape.kv_heads
+    together = shape.heads // intervals.start.shape[1]
     for b, row in enumerate(intervals.pieces):
         batch = everything if len(intervals.pieces) == 1 else slice(b, b + 1)
         for h, pieces in enumerate(row):
-            heads = everything if len(row) == 1 else slice(h, h + 1)
-            kv_heads = everything if len(row) == 1 else slice(h // group, h // group + 1)
-            yield from (_Call(batch, heads, kv_heads, piece) for piece in pieces)
+            first, last = h * together, (h + 1) * together
+            heads = everything if len(row) == 1 else slice(first, last)
+            kv_heads = everything if len(row) == 1 else slice(first // group, -(-last // group))
+            yield from (_Call(batch, heads, kv_heads, piece, b, h) for piece in pieces)
 
 
 def _smallest_of_each_kind(intervals: Intervals) -> list[Piece]:
@@ -230,18 +234,18 @@ def _pad_to(dim: int, x: Tensor) -> Tensor:
 
 def _additive_mask(intervals: Intervals, call: _Call, dtype: torch.dtype) -> Tensor | None:
     """0 for the pairs of a masked piece that are in the intervals, ``-inf`` for the others, ``[rows, keys]``."""
-    batch, heads, _, piece = call
+    piece = call.piece
     if piece.kind != "masked":
         return None
-    bounds = (x[batch, heads, piece.rows].flatten() - piece.keys.start for x in (intervals.start, intervals.end))
+    bounds = (x[call.b, call.h, piece.rows] - piece.keys.start for x in (intervals.start, intervals.end))
     start, end = (bound.numpy().tobytes() for bound in bounds)
     return _mask_of(start, end, piece.keys.stop - piece.keys.start, dtype)
 
 
 def _empty_rows(intervals: Intervals, call: _Call) -> Tensor:
-    """The rows of a masked piece that see none of its keys, ``[1, 1, rows]``."""
-    batch, heads, _, piece = call
-    start, end = (x[batch, heads, piece.rows] for x in (intervals.start, intervals.end))
+    """The rows of a masked piece that see none of its keys, ``[rows]``."""
+    piece = call.piece
+    start, end = (x[call.b, call.h, piece.rows] for x in (intervals.start, intervals.end))
     return end.clamp(max=piece.keys.stop) <= start.clamp(min=piece.keys.start)
 
 

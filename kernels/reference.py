@@ -69,7 +69,7 @@ def _scores(q: Tensor, k: Tensor, intervals: Intervals, scale: float) -> Tensor:
     query = q.to(dtype).unflatten(2, (kv_heads, -1)) * scale
     scores = torch.einsum("bikgd,bjkd->bkgij", query, k.to(dtype))
     key = torch.arange(k.shape[1], device=k.device)
-    intervals = intervals.to(k.device)
+    intervals = intervals.of_heads(q.shape[2]).to(k.device)
     seen = (key >= intervals.start.unsqueeze(-1)) & (key < intervals.end.unsqueeze(-1))  # [B|1, H|1, Tq, Tk]
     seen = seen.unsqueeze(2) if seen.shape[1] == 1 else seen.unflatten(1, (kv_heads, -1))
     return scores.masked_fill(~seen, -torch.inf)

@@ -7,6 +7,7 @@ from .operators import checkpoint_context
 from .planning import Plan, plan
 from .rates import Rates
 from .schedules import AllGather, Auto, DoubleRing, Ring, Ulysses
+from .sparse import PerHead, SinkWindow, SparselySharded
 
 __all__ = [
     "AllGather",
@@ -19,11 +20,14 @@ __all__ = [
     "Full",
     "Layout",
     "Mask",
+    "PerHead",
     "Plan",
     "PrefixLM",
     "Rates",
     "Ring",
+    "SinkWindow",
     "SlidingWindow",
+    "SparselySharded",
     "Ulysses",
     "attention",
     "attention_with_lse",

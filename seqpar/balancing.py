@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .masks import Mask
+from .parts import HeadGroup
 from .positions import Positions
-from .reach import reach, rows_needed
+from .reach import totals
 
 CHUNKS_PER_RANK = 16
 FEW_CHUNKS = 1024  # that are quickly dealt; more ranks get fewer chunks each
@@ -21,23 +21,25 @@ def default_chunk(length: int, world: int) -> int:
     return chunk - chunk % 64 if chunk >= 128 else chunk
 
 
-def balanced(mask: Mask, length: int, kv_length: int, world: int, chunk: int) -> tuple[Positions, ...]:
+def balanced(
+    groups: tuple[HeadGroup, ...], length: int, kv_length: int, world: int, chunk: int
+) -> tuple[Positions, ...]:
     """Which tokens each rank holds: chunks of ``chunk`` tokens, as many for each rank (one more for some).
 
-    Work is the number of query-key pairs that the mask allows. From chunks dealt in order, and from chunks dealt from
+    Work is the number of query-key pairs that the mask's ``groups`` of heads see. From chunks dealt in order, and from chunks dealt from
     both ends (zigzag), the busiest rank swaps one of its chunks with another rank's, as long as that helps; the dealing
     whose busiest rank then moves the fewest rows is taken, unless the other is clearly more even.
     """
     chunks = tuple(Positions.runs([(first, min(chunk, length - first), 1)]) for first in range(0, length, chunk))
-    _, pairs = reach(mask, chunks, length, kv_length)
-    work = pairs.numpy().astype(np.float64)
+    work = totals(groups, chunks, (), length, kv_length).pairs.numpy().astype(np.float64)
     dealings = []
     for owner in _first_dealings(len(chunks), world):
         _swap_until_even(owner, work, world)
         held = tuple(_held_by(owner == rank, length, chunk) for rank in range(world))
         load = np.bincount(owner, work, world)
-        segments, _ = reach(mask, held, length, kv_length)
-        moved = rows_needed(held, segments) if kv_length == length else torch.zeros(world, world)
+        moved = (
+            totals(groups, held, held, length, kv_length).needed if kv_length == length else torch.zeros(world, world)
+        )
         moved = moved - moved.diagonal().diag()
         busiest = float(torch.maximum(moved.sum(0), moved.sum(1)).max())
         dealings.append((round(load.max() / max(load.mean(), 1.0) / 0.02), busiest, held))

@@ -10,6 +10,7 @@ import torch
 from seqpar.comm import World
 
 from .costs import Call, Cost, cost
+from .dealing import deal_heads
 from .itinerary import Itinerary, itinerary
 from .layouts import Layout, resolve_layout
 from .masks import Mask
@@ -49,28 +50,41 @@ def schedules_to_try(asked: Schedule | Auto, world: int, inside: int | None) -> 
     return found
 
 
-def layouts_to_try(asked: str | Layout, mask: Mask, length: int, kv_length: int, world: int) -> list[Layout]:
+def layouts_to_try(
+    asked: str | Layout, mask: Mask, length: int, kv_length: int, world: int, kv_heads: int | None = None
+) -> list[Layout]:
     """What a layout may turn out to be: those that hold about as many tokens on every rank."""
     if asked != "auto":
-        return [resolve_layout(asked, mask, length, kv_length, world)]
+        return [resolve_layout(asked, mask, length, kv_length, world, kv_heads)]
     names = ["zigzag", "balanced"]
     documents = mask.documents
     if documents is not None and len(documents.queries) == 1:
         names.append("document_zigzag")
         if sum(a != b for a, b in zip(documents.queries[0], documents.queries[0][1:], strict=False)) >= world:
             names.append("whole_documents")
-    layouts = [resolve_layout(name, mask, length, kv_length, world) for name in names]
+    layouts = [resolve_layout(name, mask, length, kv_length, world, kv_heads) for name in names]
     even = [x for x in layouts if max(map(len, x.queries)) <= UNEVEN * length / world or x.name != "whole_documents"]
     return list({repr(x.content): x for x in reversed(even)}.values())[::-1]  # of equals the first
 
 
 def work_of(
-    schedule: Schedule, mask: Mask, held: Layout, length: int, kv_length: int, world: int, rank: int
+    schedule: Schedule,
+    mask: Mask,
+    held: Layout,
+    length: int,
+    kv_length: int,
+    world: int,
+    rank: int,
+    heads: tuple[int, int] | None = None,
 ) -> Itinerary:
-    """The itinerary of a rank; in Ulysses of the ranks that it trades with, as one."""
+    """The itinerary of a rank; in Ulysses of the ranks that it trades with, as one, for the heads that it gets."""
     degree = heads_degree(schedule, world)
     inner: Inner = schedule.inner if isinstance(schedule, Ulysses) else schedule
-    return itinerary(mask, held.merged(degree), inner, length, kv_length, world // degree, rank // degree)
+    whole = mask, held.merged(degree), inner, length, kv_length, world // degree, rank // degree
+    if not mask.by_head or heads is None:
+        return itinerary(*whole)
+    keys = deal_heads(*heads, degree).keys[rank % degree]
+    return itinerary(*whole, heads[1], range(keys.start, keys.stop))
 
 
 def decide(
@@ -92,7 +106,8 @@ def decide(
     record, failure = torch.full((len(ways), 5), torch.nan, dtype=torch.float64), None
     try:
         for n, (s, held) in enumerate(ways):
-            work = work_of(s, mask, held, length, kv_length, world.size, world.rank)
+            heads = call.heads, call.kv_heads
+            work = work_of(s, mask, held, length, kv_length, world.size, world.rank, heads)
             c = cost(s, held, work, call, rates, world.rank)
             record[n] = torch.tensor([c.forward, c.backward, c.kernel, c.bytes, c.memory], dtype=torch.float64)
     except Exception as error:  # whatever it is, the other ranks must hear of it

@@ -18,6 +18,7 @@ from .itinerary import Itinerary
 from .layouts import Layout
 from .rates import Rates
 from .schedules import Inner, Schedule, Ulysses
+from .sections import Block
 from .trading import messages
 from .validation import HeadShape
 
@@ -110,12 +111,12 @@ def _attend(work: Itinerary, call: Call, rates: Rates, node: int, wire: torch.dt
     if not call.heads:
         return Cost(0.0, 0.0, 0.0, 0, 0)
     accumulator = accumulator_dtype(call.dtype).itemsize
-    kv, grads = call.kv_row * call.dtype.itemsize, call.kv_row * wire.itemsize
+    row = call.kv_row // call.kv_heads if work.single else call.kv_row
+    kv, grads = row * call.dtype.itemsize, row * wire.itemsize
     fetches, touches = _fetches(work, node), 3 if work.exchange == "gather" else 2
     forward = backward = kernel = 0.0
     for step, block in enumerate(work.blocks):
-        pairs, calls = load(block.intervals, call.device) if block.pairs else (0, 0)
-        scores = pairs * call.heads
+        scores, calls = _load(work, block, call)
         ahead = scores * 2 * (call.dim + call.value_dim) / rates.forward + calls * rates.call
         back = scores * 2 * (3 * call.dim + 2 * call.value_dim) / rates.backward + calls * rates.backward_call
         (near, near_rows), (far, far_rows) = fetches[step]
@@ -125,15 +126,15 @@ def _attend(work: Itinerary, call: Call, rates: Rates, node: int, wire: torch.dt
         rows = near_rows + far_rows
         # Packed and received, and if gathered put in order; gradients zeroed, filled, added; packed, received, added.
         moved = rows * kv * touches / rates.copy
-        added = (3 * len(block.keys) * call.kv_row * accumulator + rows * grads * touches) / rates.copy
+        added = (3 * block.rows * row * accumulator + rows * grads * touches) / rates.copy
         forward += rates.beside(ahead, coming) + moved
         backward += rates.beside(back, coming + leaving) + moved + added
         kernel += ahead + back
-    rows = sum(len(block.keys) for block in work.blocks[1:])
-    held = rows if work.exchange == "gather" else 2 * max((len(b.keys) for b in work.blocks[1:]), default=0)
+    rows = sum(block.rows for block in work.blocks[1:])
+    held = rows if work.exchange == "gather" else 2 * max((block.rows for block in work.blocks[1:]), default=0)
     sent = sum(work.messages(work.rank, grads=False)) * kv
     returned = sum(work.messages(work.rank, grads=True)) * grads
-    memory = held * (2 * kv if work.exchange == "gather" else kv) + held * (call.kv_row * accumulator + grads)
+    memory = held * (2 * kv if work.exchange == "gather" else kv) + held * (row * accumulator + grads)
     return Cost(forward, backward, kernel, 2 * sent + returned, memory)
 
 
@@ -141,6 +142,18 @@ def grad_wire(schedule: Inner, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which dK and dV of ``dtype`` inputs travel."""
     accumulator = accumulator_dtype(dtype)
     return torch.bfloat16 if schedule.grad_wire == "bf16" and accumulator == torch.float32 else accumulator
+
+
+def _load(work: Itinerary, block: Block, call: Call) -> tuple[int, int]:
+    """The scores that a block's kernel calls compute, over all query heads, and in how many calls of a library."""
+    scores = calls = 0
+    for section in (section for section in block.sections if section.pairs):
+        heads = work.groups[section.group].heads
+        share = call.heads if heads is None else call.heads * len(heads) // call.kv_heads
+        pairs, count = load(section.intervals, call.device)
+        scores += pairs * share // section.intervals.start.shape[1]
+        calls += count
+    return scores, calls
 
 
 Link = tuple[int, int]  # messages, and their rows
@@ -162,7 +175,7 @@ def _fetches(work: Itinerary, node: int) -> list[tuple[Link, Link]]:
     crosses = work.world > node  # then the slowest hop of a ring does, and all wait for it
     for step, block in enumerate(work.blocks[1:]):
         assert block.source is not None, "only gathered blocks come from several ranks"
-        rows = len(block.keys)
+        rows = block.rows
         if work.inside < work.world and (step + 1) % work.inside:
             far = work.inside > node
         elif work.inside < work.world:  # beside all the steps of a ring
@@ -177,7 +190,7 @@ def _fetches(work: Itinerary, node: int) -> list[tuple[Link, Link]]:
 
 
 def load(intervals: Intervals, device: str) -> tuple[int, int]:
-    """The query-key pairs that a kernel computes for a block, and in how many calls, over all batch rows.
+    """The query-key pairs that a kernel computes, and in how many calls, over all batch rows and heads that differ.
 
     On the CPU those of dense pieces, with the hidden pairs of ragged tiles and of the tiles along a diagonal; elsewhere
     those that the mask allows.

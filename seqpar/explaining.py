@@ -35,7 +35,7 @@ def explain(plan: Plan) -> str:
     ]
     for step, block in enumerate(work.blocks):
         source = "all others" if block.source is None else block.source
-        lines.append(f"{step:>4}  {source:>12}  {len(block.keys):<9,}  {block.pairs:,}")
+        lines.append(f"{step:>4}  {source:>12}  {block.rows:<9,}  {block.pairs:,}")
     return "\n".join(lines)
 
 
@@ -50,9 +50,11 @@ def _why(plan: Plan) -> str:
         return "every rank holds all keys at once"
     if not isinstance(plan.schedule, Ring):
         return f"around rings of {plan.work.inside}, and between them"
-    forward, direct = busiest_rows(forward_rows(plan.layout.keys)), busiest_rows(plan.work.needed)
+    forward = busiest_rows(forward_rows(plan.layout.keys)) * (plan.work.kv_heads or 1)
+    direct = busiest_rows(plan.work.needed)
     chosen = "chosen" if plan.schedule.exchange == "auto" or plan.decision is not None else "asked for"
-    return f"{chosen}; the busiest rank moves {forward:,} rows passing shards on, {direct:,} sending them directly"
+    rows = "rows" if plan.work.kv_heads is None else "rows of one KV head each"
+    return f"{chosen}; the busiest rank moves {forward:,} {rows} passing shards on, {direct:,} sending them directly"
 
 
 def _candidates(plan: Plan) -> list[str]:
@@ -105,9 +107,8 @@ def _kernels(plan: Plan) -> list[str]:
     lines = []
     for direction in DIRECTIONS:
         steps: Counter[tuple[str, str]] = Counter()
-        for block in plan.work.blocks:
-            if block.pairs:
-                steps[AUTO.choose(shape, block.intervals, direction)] += 1
-        chosen = ", ".join(f"{kernel} in {count} step(s) ({why})" for (kernel, why), count in steps.items())
+        for section in (section for block in plan.work.blocks for section in block.sections if section.pairs):
+            steps[AUTO.choose(shape, section.intervals, direction)] += 1
+        chosen = ", ".join(f"{kernel} in {count} call(s) ({why})" for (kernel, why), count in steps.items())
         lines.append(f"kernel='auto' on {device}, {direction}: {chosen or 'none'}")
     return lines

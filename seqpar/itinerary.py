@@ -10,25 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqpar.kernels import Intervals
-
 from .layouts import Layout, resolve_layout
 from .masks import Mask
+from .parts import HeadGroup, dealt
 from .positions import Positions
-from .reach import reach, rows_needed
+from .reach import Totals, joined, totals
 from .schedules import AllGather, DoubleRing, Inner, ring_size
+from .sections import Block, Seen, block_of_heads, block_of_tokens, marked_final, needed_by_heads
 
 Travel = Literal["forward", "direct", "gather"]
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """This rank's queries against the rows of one rank's keys that arrive here, or of all other ranks' (None)."""
-
-    source: int | None
-    keys: Positions
-    intervals: Intervals
-    pairs: int  # query-key pairs that the mask allows, summed over the mask's batch rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,24 +28,38 @@ class Itinerary:
     Attributes:
         rank: whose itinerary it is.
         layout: the global positions that each rank holds.
+        groups: of KV heads, each with the parts of what they see.
+        kv_heads: how many KV heads there are, where they see different keys; else None.
         blocks: in the order in which they are computed: keys of the ranks in :func:`ring_order`, or of this one and of
             all others.
         exchange: how keys travel.
         inside: how many consecutive ranks form a ring of their own, in a ring of such rings; else all of them.
-        needed: int64 ``[world, world]``, ``needed[reader, owner]``: how many of the owner's rows some query of the
-            reader sees; a direct exchange moves just these.
-        pairs: int64 ``[world]``: each rank's work, summed over the mask's batch rows.
-        segments: each rank's needed keys as sorted disjoint global intervals ``[S, 2]``.
+        totals: what all ranks reach; a direct exchange moves just the rows that are needed.
     """
 
     rank: int
     layout: Layout
+    groups: tuple[HeadGroup, ...]
+    kv_heads: int | None
     blocks: tuple[Block, ...]
     exchange: Travel
     inside: int
-    needed: Tensor
-    pairs: Tensor
-    segments: tuple[Tensor, ...]
+    totals: Totals
+
+    @property
+    def pairs(self) -> Tensor:
+        """See :class:`Totals`."""
+        return self.totals.pairs
+
+    @property
+    def needed(self) -> Tensor:
+        """See :class:`Totals`."""
+        return self.totals.needed
+
+    @property
+    def single(self) -> bool:
+        """Whether what travels are rows of one head each: those that each head needs."""
+        return self.exchange == "direct" and self.kv_heads is not None
 
     @property
     def world(self) -> int:
@@ -81,10 +85,17 @@ class Itinerary:
 
     @cached_property
     def sent_rows(self) -> list[Tensor | None]:
-        """For a direct exchange, which of this rank's rows each rank needs: local indices, None for all of them."""
+        """For a direct exchange, which of this rank's rows each rank needs: local indices, None for all of them.
+
+        Rows of one head each are counted token by token.
+        """
         rows: list[Tensor | None] = []
         for reader in range(self.world):
-            needed = self.keys.within(self.segments[reader])
+            if self.kv_heads is not None:
+                each = needed_by_heads(self.groups, self.totals, reader, self.keys, self.kv_heads)
+                rows.append(torch.cat([tokens * self.kv_heads + head for head, tokens in enumerate(each)]))
+                continue
+            needed = self.keys.within(joined([part[reader : reader + 1] for part in self.totals.segments[0]])[0])
             rows.append(None if len(needed) == len(self.keys) else self.keys.count_below(needed.tensor))
         return rows
 
@@ -108,33 +119,50 @@ class Itinerary:
 
 @lru_cache(maxsize=32)
 def itinerary(
-    mask: Mask, layout: str | Layout, schedule: Inner, length: int, kv_length: int, world: int, rank: int
+    mask: Mask,
+    layout: str | Layout,
+    schedule: Inner,
+    length: int,
+    kv_length: int,
+    world: int,
+    rank: int,
+    kv_heads: int | None = None,
+    mine: range | None = None,
 ) -> Itinerary:
     """Work out a rank's itinerary; ValueError where mask and layout do not fit the lengths.
+
+    ``kv_heads`` matters where heads see different keys, and then ``mine``: which of them this rank has (None: all).
 
     It looks at each of this rank's queries once per block, and at few of the others'. The last few itineraries are
     kept: every layer and every plan of the same batch shares one.
     """
-    mask.check(length, kv_length)
-    layout = resolve_layout(layout, mask, length, kv_length, world)
-    lo, hi = mask.intervals(layout.queries[rank].tensor, length, kv_length)
-    segments, pairs, needed = totals(mask, layout, length, kv_length)
-    exchange = _choose_exchange(schedule, needed, layout.keys)
+    mask.check(length, kv_length, kv_heads)
+    layout = resolve_layout(layout, mask, length, kv_length, world, kv_heads)
+    mine = range(kv_heads or 0) if mine is None else mine
+    count = len(mine) if mask.by_head else None
+    groups = dealt(mask.groups(kv_heads), mine) if mask.by_head else mask.groups(None)
+    reached = reach_of(groups, layout, length, kv_length)
+    exchange = _choose_exchange(schedule, reached.needed, layout.keys, 1 if count is None else count)
+    inside = ring_size(schedule, world)
+    seen = [[Seen.of(part, layout.queries[rank].tensor, length, kv_length) for part in g.parts] for g in groups]
 
     blocks = []
-    inside = ring_size(schedule, world)
-    for source, keys in _arrivals(exchange, layout.keys, segments[rank], ring_order(rank, world, inside)):
-        start, end = keys.count_below(lo), keys.count_below(hi)
-        intervals = Intervals(_per_query(start), _per_query(end))
-        blocks.append(Block(source, keys, intervals, pairs=int(end.sum() - start.sum())))
-    return Itinerary(rank, layout, tuple(blocks), exchange, inside, needed, pairs, segments)
+    for source, keys in _arrivals(exchange, layout.keys, ring_order(rank, world, inside)):
+        if exchange != "direct" or source == rank:
+            blocks.append(block_of_tokens(source, keys, groups, seen, count))
+        elif count is None:
+            needed = keys.within(joined([part[rank : rank + 1] for part in reached.segments[0]])[0])
+            blocks.append(block_of_tokens(source, needed, groups, seen, count))
+        else:
+            positions = [keys.tensor[rows] for rows in needed_by_heads(groups, reached, rank, keys, count)]
+            blocks.append(block_of_heads(source, positions, groups, seen))
+    return Itinerary(rank, layout, groups, count, marked_final(blocks, len(groups)), exchange, inside, reached)
 
 
 @lru_cache(maxsize=32)
-def totals(mask: Mask, layout: Layout, length: int, kv_length: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def reach_of(groups: tuple[HeadGroup, ...], layout: Layout, length: int, kv_length: int) -> Totals:
     """Of all ranks the keys they reach, their pairs, and the rows they need of each other, however those travel."""
-    segments, pairs = reach(mask, layout.queries, length, kv_length)
-    return segments, pairs, rows_needed(layout.keys, segments)
+    return totals(groups, layout.queries, layout.keys, length, kv_length)
 
 
 def ring_order(rank: int, world: int, inside: int) -> list[int]:
@@ -145,9 +173,9 @@ def ring_order(rank: int, world: int, inside: int) -> list[int]:
 
 
 def _arrivals(
-    exchange: Travel, held: tuple[Positions, ...], needed: Tensor, order: list[int]
+    exchange: Travel, held: tuple[Positions, ...], order: list[int]
 ) -> Iterator[tuple[int | None, Positions]]:
-    """Whose keys a rank computes with in each step, and which of them are there."""
+    """Whose keys a rank computes with in each step, and which they are before any are left out."""
     rank, *others = order
     yield rank, held[rank]
     if exchange == "gather":
@@ -157,15 +185,11 @@ def _arrivals(
             yield None, Positions.of(gathered.nonzero().squeeze(1))
         return
     for source in others:
-        yield source, held[source].within(needed) if exchange == "direct" else held[source]
+        yield source, held[source]
 
 
-def _per_query(bound: Tensor) -> Tensor:
-    """``[rows, T]`` as kernels want it: int32 ``[rows, 1, T]``, the same for all heads."""
-    return bound.to(torch.int32).unsqueeze(1)
-
-
-def _choose_exchange(schedule: Inner, needed: Tensor, keys: tuple[Positions, ...]) -> Travel:
+def _choose_exchange(schedule: Inner, needed: Tensor, keys: tuple[Positions, ...], heads: int) -> Travel:
+    """``heads``: to a row of a shard that is passed on; ``needed`` counts each head's where they differ."""
     if isinstance(schedule, AllGather):
         return "gather"
     if isinstance(schedule, DoubleRing):
@@ -174,7 +198,7 @@ def _choose_exchange(schedule: Inner, needed: Tensor, keys: tuple[Positions, ...
         return schedule.exchange
     if len(keys) <= 2:
         return "direct"
-    return "direct" if busiest_rows(needed) < busiest_rows(forward_rows(keys)) else "forward"
+    return "direct" if busiest_rows(needed) < heads * busiest_rows(forward_rows(keys)) else "forward"
 
 
 def forward_rows(keys: tuple[Positions, ...]) -> Tensor:

@@ -36,7 +36,14 @@ class Layout:
 
     @classmethod
     def balanced(
-        cls, mask: Mask, *, length: int, world: int, chunk: int | None = None, kv_length: int | None = None
+        cls,
+        mask: Mask,
+        *,
+        length: int,
+        world: int,
+        chunk: int | None = None,
+        kv_length: int | None = None,
+        kv_heads: int | None = None,
     ) -> Layout:
         """Chunks dealt so that every rank has as many tokens (to one chunk), near-equal work, and little to fetch.
 
@@ -45,6 +52,7 @@ class Layout:
 
         Args:
             mask, length, kv_length: as for :func:`seqpar.plan`.
+            kv_heads: how many KV heads there are, for a mask by which they see different keys.
             world: the number of ranks.
             chunk: tokens of a chunk; about sixteen chunks for each rank by default.
         """
@@ -54,8 +62,9 @@ class Layout:
             raise ValueError(
                 f"chunk: got {chunk!r}, expected 1 .. {length // world} tokens, so that each of {world} ranks gets one"
             )
-        mask.check(length, kv_length)
-        queries = balanced(mask, length, kv_length, world, chunk or default_chunk(length, world))
+        mask.check(length, kv_length, kv_heads)
+        groups = mask.groups(kv_heads)
+        queries = balanced(groups, length, kv_length, world, chunk or default_chunk(length, world))
         same = kv_length == length and (mask.documents is None or mask.documents.queries == mask.documents.keys)
         return cls("balanced", queries, queries if same else _contiguous(kv_length, world))
 
@@ -79,13 +88,15 @@ def merged(held: tuple[Positions, ...], ranks: int) -> tuple[Positions, ...]:
     return tuple(Positions.of(torch.cat([positions.tensor for positions in block]).sort().values) for block in blocks)
 
 
-def resolve_layout(layout: str | Layout, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
+def resolve_layout(
+    layout: str | Layout, mask: Mask, length: int, kv_length: int, world: int, kv_heads: int | None = None
+) -> Layout:
     """The layout that the ``layout=`` of :func:`seqpar.plan` means; ValueError where it does not fit."""
     if isinstance(layout, str):
         if layout not in LAYOUT_NAMES:
             expected = f"one of {', '.join(LAYOUT_NAMES)}, auto, another plan's .layout, or positions per rank"
             raise ValueError(f"layout: got {layout!r}, expected {expected}")
-        return _named(layout, mask, length, kv_length, world)
+        return _named(layout, mask, length, kv_length, world, kv_heads)
     for what, held, total in (("queries", layout.queries, length), ("keys", layout.keys, kv_length)):
         if len(held) != world:
             raise ValueError(
@@ -113,11 +124,11 @@ def holds_each_once(held: tuple[Positions, ...], total: int) -> bool:
     return bool(found.all())
 
 
-def _named(name: str, mask: Mask, length: int, kv_length: int, world: int) -> Layout:
+def _named(name: str, mask: Mask, length: int, kv_length: int, world: int, kv_heads: int | None) -> Layout:
     documents = mask.documents
     _check_enough(length, kv_length, world)
     if name == "balanced":
-        return Layout.balanced(mask, length=length, kv_length=kv_length, world=world)
+        return Layout.balanced(mask, length=length, kv_length=kv_length, world=world, kv_heads=kv_heads)
     if name not in _BY_DOCUMENT:
         deal = {"contiguous": _contiguous, "zigzag": _zigzag, "striped": _striped}[name]
         held = deal(length, world)

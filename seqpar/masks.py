@@ -1,6 +1,6 @@
-"""Masks: which keys each query sees, as one interval ``lo <= key < hi`` of global positions per query.
+"""Masks: which keys each query sees, as one interval ``lo <= key < hi`` of global positions per query, or a few.
 
-A mask's own rule is written for a single document of ``num_queries`` queries and ``num_keys`` keys. ``&`` intersects
+An interval mask's own rule is written for a single document of ``num_queries`` queries and ``num_keys`` keys. ``&`` intersects
 rules, and :class:`Documents` applies them to each document in that document's own coordinates: packed documents attend
 exactly as each does alone. Where queries and keys differ in number, their ends are aligned per document: query ``i``
 stands at key position ``i + num_keys - num_queries``.
@@ -8,7 +8,6 @@ stands at key position ``i + num_keys - num_queries``.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .parts import HeadGroup, Part, intersections
 
 
 class Span(NamedTuple):
@@ -29,7 +30,7 @@ class Span(NamedTuple):
     num_keys: Tensor
 
 
-class Mask(ABC):
+class Mask:
     """Who attends to whom. Immutable and hashable; combine with ``&``."""
 
     def __and__(self, other: Mask) -> Mask:
@@ -42,9 +43,18 @@ class Mask(ABC):
         """The masks that are intersected: this one alone, or an intersection's."""
         return (self,)
 
-    @abstractmethod
+    @property
+    def by_head(self) -> bool:
+        """Whether heads see different keys; a plan must then know how many there are."""
+        return any(term.by_head for term in self.terms if term is not self)
+
+    def groups(self, kv_heads: int | None) -> tuple[HeadGroup, ...]:
+        """What the KV heads see, as disjoint parts: one, of all heads, where the mask is an interval."""
+        return (HeadGroup(None, (Part(self),)),)
+
     def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """``lo, hi`` of each ``query`` in its document's coordinates, not yet clipped to its keys; ``lo`` may be 0."""
+        raise AssertionError(f"{self!r} is more than one interval: see its groups")
 
     @property
     def documents(self) -> Documents | None:
@@ -74,10 +84,20 @@ class Mask(ABC):
         """Everything that tells this mask from another, as plain values."""
         return [(type(term).__name__, vars(term)) for term in self.terms]
 
-    def check(self, length: int, kv_length: int) -> None:
-        """Raise ValueError where the mask does not fit ``length`` queries and ``kv_length`` keys."""
+    def check(self, length: int, kv_length: int, kv_heads: int | None = None) -> None:
+        """Raise ValueError where the mask does not fit ``length`` queries, ``kv_length`` keys, or the KV heads."""
         if self.documents is not None:
             self.documents.check_covers(length, kv_length)
+        if self.by_head and kv_heads is None:
+            raise ValueError(
+                f"{self!r}: heads see different keys, and the plan knows no heads, expected their numbers; give it "
+                "heads=(query heads, KV heads)"
+            )
+        for term in self.terms:
+            term.check_among(self.terms, self.documents_within(length, kv_length), kv_heads)
+
+    def check_among(self, terms: tuple[Mask, ...], documents: Documents, kv_heads: int | None) -> None:
+        """Raise ValueError where this mask can't be combined with the others, or not over these documents or heads."""
 
     def intervals(self, query: Tensor, length: int, kv_length: int) -> tuple[Tensor, Tensor]:
         """``lo, hi``, int64 ``[rows, T]``: the keys that each of the sorted global positions ``query [T]`` sees.
@@ -135,7 +155,7 @@ class SlidingWindow(Mask):
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
-            _check_int(f"SlidingWindow({name}=)", getattr(self, name), least=-1, remedy="-1 means unlimited")
+            check_int(f"SlidingWindow({name}=)", getattr(self, name), least=-1, remedy="-1 means unlimited")
 
     def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
@@ -150,7 +170,7 @@ class PrefixLM(Mask):
     prefix: int
 
     def __post_init__(self) -> None:
-        _check_int("PrefixLM(prefix=)", self.prefix, least=0, remedy="0 is plain causal")
+        check_int("PrefixLM(prefix=)", self.prefix, least=0, remedy="0 is plain causal")
 
     def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
@@ -164,7 +184,7 @@ class Chunked(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        _check_int("Chunked(size=)", self.size, least=1, remedy="size is in tokens")
+        check_int("Chunked(size=)", self.size, least=1, remedy="size is in tokens")
 
     def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
         """See :meth:`Mask.rule`."""
@@ -255,7 +275,10 @@ class Documents(Mask):
 
 @dataclass(frozen=True)
 class Intersection(Mask):
-    """What ``&`` makes: a query sees the keys that every term lets it see. Write ``a & b``."""
+    """What ``&`` makes: a query sees the keys that every term lets it see. Write ``a & b``.
+
+    Where a term has several parts, so has the intersection: each of them within all other terms.
+    """
 
     parts: tuple[Mask, ...]
 
@@ -276,12 +299,27 @@ class Intersection(Mask):
                 merged = term if merged is None else merged.refine(term)
         return merged
 
-    def rule(self, query: Tensor, num_queries: Tensor, num_keys: Tensor) -> tuple[Tensor | int, Tensor]:
-        """Not used: an intersection is its terms."""
-        raise AssertionError("an intersection's terms are evaluated one by one")
+    def groups(self, kv_heads: int | None) -> tuple[HeadGroup, ...]:
+        """What the KV heads see, as disjoint parts."""
+        found = [term.groups(kv_heads) for term in self.parts]
+        if all(
+            len(groups) == 1 and groups[0] == HeadGroup(None, (Part(term),))
+            for term, groups in zip(self.parts, found, strict=True)
+        ):
+            return super().groups(kv_heads)
+        combined, *others = found
+        for theirs in others:
+            combined = tuple(
+                HeadGroup(
+                    mine.heads,
+                    tuple(Part(a & b, s or t) for a, s in mine.parts for b, t in other.parts),
+                )
+                for mine, other in intersections(combined, theirs)
+            )
+        return combined
 
 
-def _check_int(what: str, value: object, *, least: int, remedy: str) -> None:
+def check_int(what: str, value: object, *, least: int, remedy: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{what}: got {value!r}, expected an integer >= {least}; {remedy}")
 

@@ -94,11 +94,12 @@ def plan(
             "head_dim": told.head_dim,
             "dtype": told.dtype,
         }
-        mask.check(length, kv_length)
+        kv_heads = told.heads and told.heads[1]
+        mask.check(length, kv_length, kv_heads)
         schedules = schedules_to_try(asked, world.size, inside)
-        layouts = layouts_to_try(layout, mask, length, kv_length, world.size)
+        layouts = layouts_to_try(layout, mask, length, kv_length, world.size, kv_heads)
         for each in schedules:
-            work_of(each, mask, layouts[0], length, kv_length, world.size, world.rank)
+            work_of(each, mask, layouts[0], length, kv_length, world.size, world.rank, told.heads)
         if (isinstance(asked, Auto) or layout == "auto") and not told.complete:
             raise ValueError(
                 "schedule='auto' and layout='auto' compare what schedules cost: got "
@@ -117,7 +118,7 @@ def plan(
         ways = schedules, layouts, mask, length, kv_length
         decision = decide(world, *ways, call, rates, auto.memory)
         chosen, held = decision.chosen.schedule, decision.chosen.layout
-    work = work_of(chosen, mask, held, length, kv_length, world.size, world.rank)
+    work = work_of(chosen, mask, held, length, kv_length, world.size, world.rank, told.heads)
     identity = ", ".join(str(value) for value in fields.values())
     whole = mask, length, kv_length
     if not isinstance(chosen, Ulysses):
@@ -239,11 +240,14 @@ class Plan:
         rank = self.world.rank if rank is None else rank
         if self.trade is not None:
             return self.trade.traffic(batch, shape.heads, shape.head_dim, dtype, rank)
-        return self.kv_traffic(batch * shape.heads[1] * sum(shape.head_dim), dtype, rank)
+        return self.kv_traffic(self.work, batch * sum(shape.head_dim), shape.heads[1], dtype, rank)
 
-    def kv_traffic(self, elements: int, dtype: torch.dtype, rank: int) -> dict[str, Traffic]:
-        """What one pass of K and V and their gradients sends from ``rank``, of ``elements`` in a row of both."""
-        moved, returned = (self.work.messages(rank, grads=grads) for grads in (False, True))
+    def kv_traffic(
+        self, work: Itinerary, elements: int, kv_heads: int, dtype: torch.dtype, rank: int
+    ) -> dict[str, Traffic]:
+        """What a pass of K and V and their gradients sends from ``rank``, of ``elements`` in a row of one head of both."""
+        moved, returned = (work.messages(rank, grads=grads) for grads in (False, True))
+        elements *= 1 if work.single else kv_heads
         kv = sum(moved) * elements * dtype.itemsize
         grads = sum(returned) * elements * self._grad_wire(dtype).itemsize
         return {"forward": Traffic(len(moved), kv), "backward": Traffic(len(moved) + len(returned), kv + grads)}
@@ -256,7 +260,9 @@ class Plan:
         """One pass of all ranks' K and V by this rank, in the order of ``work.blocks``."""
         blocks, grad_wire = self.work.blocks, self._grad_wire(k.dtype)
         sources = [block.source for block in blocks if block.source is not None]  # all others are no one
-        rows = [len(block.keys) for block in blocks]
+        rows = [block.rows for block in blocks]
+        if self.work.single:  # rows of one head each
+            k, v = (x.reshape(x.shape[0], -1, 1, x.shape[3]) for x in (k, v))
         args = self.world, k, v, sources, rows, grad_wire
         if self.work.exchange == "forward":
             return RingExchange(*args, inside=self.work.inside)

@@ -7,18 +7,25 @@ million queries a few hundred are evaluated.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .masks import Mask
+from .parts import HeadGroup, Part
 from .positions import Positions, union
 
+Segments = tuple[Tensor, ...]  # for each rank, sorted disjoint half-open intervals of global positions, [S, 2]
 
-def reach(mask: Mask, queries: tuple[Positions, ...], length: int, kv_length: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Per rank, the keys that some query of it sees, as sorted disjoint ``[S, 2]``; and int64 ``[world]`` pairs.
 
-    Pairs are summed over the mask's batch rows, keys are the union over them.
+def reach(part: Part, queries: tuple[Positions, ...], length: int, kv_length: int) -> tuple[Segments, Tensor]:
+    """Per rank, the intervals of keys that some query of it sees; and int64 ``[world]`` pairs.
+
+    Pairs are summed over the mask's batch rows, and over heads where each has its stripes; of the intervals, which are
+    the union over rows, a head then sees its stripes.
     """
+    mask = part.mask
     runs = _cut_at(mask.jumps(length, kv_length), queries)
     pairs = torch.zeros(len(queries), dtype=torch.int64)
     found: list[Tensor] = []  # [reader, first key, end] of linear runs
@@ -28,29 +35,152 @@ def reach(mask: Mask, queries: tuple[Positions, ...], length: int, kv_length: in
         (low, high), (last_low, last_high) = _bounds(mask, first, last, length, kv_length)
         seen = (high > low) & (last_high > last_low)
         grown = last - first
-        linear = ((last_low == low) | (last_low - low == grown)) & ((last_high == high) | (last_high - high == grown))
+        steady = _linear(low, last_low, grown) & _linear(high, last_high, grown)
         touching = (last_low == low) | (torch.minimum(high - low, last_high - last_low) >= step)
-        done = ((linear & touching & seen) | (count == 1)).all(0)
-        width = (high - low + last_high - last_low)[:, done].sum(0)
-        pairs.index_add_(0, reader[done], count[done] * width // 2)
+        width, last_width = high - low, last_high - last_low
+        done = steady & touching & seen
+        if part.stripes is not None:
+            whole = _striped(part, low, high, last_low, last_high, length, kv_length)
+            width, last_width = (whole[1] - whole[0]).sum(1), (whole[3] - whole[2]).sum(1)
+            done &= (_linear(whole[0], whole[2], grown) & _linear(whole[1], whole[3], grown)).all(1)
+        done = (done | (count == 1)).all(0)
+        both = (width + last_width)[:, done].sum(0)
+        pairs.index_add_(0, reader[done], count[done] * both // 2)
         found += [torch.stack([reader[done], a[done], b[done]], 1) for a, b in zip(low, last_high, strict=True)]
         runs = _halved(runs[~done])
-    whole = torch.cat(found)
-    whole = whole[whole[:, 2] > whole[:, 1]]
-    whole = whole[torch.argsort(whole[:, 0] * (kv_length + 1) + whole[:, 1])]
-    each = torch.bincount(whole[:, 0], minlength=len(queries)).tolist()
-    return tuple(union(x[:, 1:2].T, x[:, 2:].T.cummax(1).values) for x in whole.split(each)), pairs
+    whole_runs = torch.cat(found)
+    whole_runs = whole_runs[whole_runs[:, 2] > whole_runs[:, 1]]
+    whole_runs = whole_runs[torch.argsort(whole_runs[:, 0] * (kv_length + 1) + whole_runs[:, 1])]
+    each = torch.bincount(whole_runs[:, 0], minlength=len(queries)).tolist()
+    return tuple(union(x[:, 1:2].T, x[:, 2:].T.cummax(1).values) for x in whole_runs.split(each)), pairs
 
 
-def rows_needed(keys: tuple[Positions, ...], segments: tuple[Tensor, ...]) -> Tensor:
-    """``[reader, owner]``: how many of the owner's keys lie in the reader's segments."""
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """Of all ranks, whatever they exchange.
+
+    Attributes:
+        segments: by group of heads and its parts, each rank's keys that some query of it sees.
+        striped: likewise, the boundaries of documents by which its stripes are counted; None where it has none, or
+            where batch rows have their own: a rank then needs every key between.
+        pairs: int64 ``[world]``: each rank's query-key pairs, summed over the mask's batch rows, and over KV heads where
+            they see different keys.
+        needed: int64 ``[world, world]``, ``needed[reader, owner]``: how many of the owner's rows the reader's queries
+            see; rows of all heads, or of one each where heads see different keys.
+    """
+
+    segments: tuple[tuple[Segments, ...], ...]
+    striped: tuple[tuple[tuple[int, ...] | None, ...], ...]
+    pairs: Tensor
+    needed: Tensor
+
+
+def totals(
+    groups: tuple[HeadGroup, ...],
+    queries: tuple[Positions, ...],
+    keys: tuple[Positions, ...],
+    length: int,
+    kv_length: int,
+) -> Totals:
+    """What each rank's heads reach, and how much that is."""
+    pairs = torch.zeros(len(queries), dtype=torch.int64)
+    needed = torch.zeros(len(queries), len(keys), dtype=torch.int64)
+    segments = []
+    for group in groups:
+        found = [reach(part, queries, length, kv_length) for part in group.parts]
+        for part, (_, counted) in zip(group.parts, found, strict=True):
+            pairs += counted * (1 if group.heads is None or part.stripes else len(group.heads))
+        segments.append(tuple(theirs for theirs, _ in found))
+        needed += rows_needed(keys, group, segments[-1], length, kv_length)
+    striped = tuple(tuple(striped_keys(part, length, kv_length) for part in group.parts) for group in groups)
+    return Totals(tuple(segments), striped, pairs, needed)
+
+
+def rows_needed(
+    keys: tuple[Positions, ...], group: HeadGroup, segments: tuple[Segments, ...], length: int, kv_length: int
+) -> Tensor:
+    """``[reader, owner]``: how many of the owner's keys the reader's queries see, by ``segments`` of the group's parts.
+
+    Summed over the group's heads, each with its stripes; rows of all heads where the group is of all.
+    """
+    plain = [s for part, s in zip(group.parts, segments, strict=True) if striped_keys(part, length, kv_length) is None]
+    needed = torch.zeros(len(segments[0]), len(keys), dtype=torch.int64)
+    heads = 1 if group.heads is None else len(group.heads)
+    whole = joined(plain) if plain else None
+    if whole is not None:
+        reader, low, high = _flat(whole)
+        for owner, positions in enumerate(keys):
+            counts = positions.count_below(high) - positions.count_below(low)
+            needed[:, owner].index_add_(0, reader, counts * heads)
+    for part, theirs in zip(group.parts, segments, strict=True):
+        document_keys = striped_keys(part, length, kv_length)
+        if document_keys is None or part.stripes is None:
+            continue
+        besides = theirs if whole is None else tuple(without(a, b) for a, b in zip(theirs, whole, strict=True))
+        reader, low, high = _flat(besides)
+        ends = torch.stack([low, high])
+        for owner, positions in enumerate(keys):
+            below = part.stripes.count_below(positions, ends, document_keys)
+            needed[:, owner].index_add_(0, reader, (below[:, 1] - below[:, 0]).sum(0))
+    return needed
+
+
+def striped_keys(part: Part, length: int, kv_length: int) -> tuple[int, ...] | None:
+    """The documents' key boundaries by which stripes are counted, where all batch rows have the same; else None."""
+    if part.stripes is None:
+        return None
+    rows = set(part.mask.documents_within(length, kv_length).keys)
+    return rows.pop() if len(rows) == 1 else None
+
+
+def joined(segments: list[Segments]) -> Segments:
+    """The union, rank by rank."""
+    if len(segments) == 1:
+        return segments[0]
+    found = []
+    for parts in zip(*segments, strict=True):
+        both = torch.cat(parts)
+        both = both[both[:, 0].argsort()]
+        found.append(union(both[:, :1].T, both[:, 1:].T.cummax(1).values))
+    return tuple(found)
+
+
+def without(segments: Tensor, others: Tensor) -> Tensor:
+    """What of sorted disjoint intervals ``[S, 2]`` lies in none of the others."""
+    cuts = torch.cat([segments.flatten(), others.flatten()]).unique()
+    low, high = cuts[:-1], cuts[1:]
+    kept = inside(segments, low) & ~inside(others, low)
+    return torch.stack([low[kept], high[kept]], 1)
+
+
+def inside(segments: Tensor, positions: Tensor) -> Tensor:
+    """Which positions lie in one of the sorted disjoint intervals ``[S, 2]``."""
+    return torch.searchsorted(segments.flatten(), positions, right=True) % 2 == 1
+
+
+def _flat(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Whose each interval is, where it begins and where it ends."""
     reader = torch.repeat_interleave(torch.tensor([len(s) for s in segments]))
     low, high = torch.cat(segments).t().contiguous()
-    needed = torch.zeros(len(segments), len(keys), dtype=torch.int64)
-    for owner, positions in enumerate(keys):
-        counts = positions.count_below(high) - positions.count_below(low)
-        needed[:, owner].index_add_(0, reader, counts)
-    return needed
+    return reader, low, high
+
+
+def _linear(first: Tensor, last: Tensor, grown: Tensor) -> Tensor:
+    """Whether a bound that never falls, nor grows by more than 1 a query, stays or grows steadily between two."""
+    return (last == first) | (last - first == grown)
+
+
+def _striped(
+    part: Part, low: Tensor, high: Tensor, last_low: Tensor, last_high: Tensor, length: int, kv_length: int
+) -> Tensor:
+    """The bounds ``[rows, runs]`` counted in each head's stripes: ``[4, rows, heads, runs]``."""
+    assert part.stripes is not None, "asked of stripes alone"
+    every = Positions.runs([(0, kv_length, 1)])
+    rows = []
+    for row, document_keys in enumerate(part.mask.documents_within(length, kv_length).keys):
+        bounds = torch.stack([x[row] for x in (low, high, last_low, last_high)])
+        rows.append(part.stripes.count_below(every, bounds, document_keys).transpose(0, 1))
+    return torch.stack(rows, 1)
 
 
 def _cut_at(jumps: Tensor, queries: tuple[Positions, ...]) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqpar.comm import KeyValues
-from seqpar.kernels import Kernel, OutputGradient, Partial, accumulator_dtype
+from seqpar.kernels import Intervals, Kernel, OutputGradient, Partial, accumulator_dtype
+
+from .parts import HeadGroup
+from .sections import Section
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -23,17 +26,26 @@ def forward(
     ``sinks [H]`` are one more key per query, of score ``sinks[h]`` and value 0: the partial that the others continue.
     ``repeats``: how often kernels are given each KV head, where the heads of a rank are uneven; it travels once.
     """
-    partial = None
+    if not q.shape[2]:  # Ulysses may leave a rank without heads
+        return Partial.empty(q, v.shape[-1])
+    heads = [_Heads.of(group, q, k, repeats) for group in plan.work.groups]
+    partials: list[Partial | None] = [None] * len(heads)
     if sinks is not None:
-        partial = Partial.empty(q, v.shape[-1])
-        partial.lse.copy_(sinks.view(1, -1, 1).expand_as(partial.lse))
-    blocks = plan.work.blocks
-    last = max((step for step, block in enumerate(blocks) if block.pairs), default=None)
-    for step, (block, (key, value)) in enumerate(zip(blocks, plan.exchange(k, v), strict=True)):
-        if block.pairs and q.shape[2]:  # Ulysses may leave a rank without heads
-            key, value = (_repeated(x, repeats) for x in (key, value))
-            partial = kernel.forward(q, key, value, block.intervals, scale, partial, final=step == last)
-    return partial or Partial.empty(q, v.shape[-1])
+        for number, mine in enumerate(heads):
+            partial = partials[number] = Partial.empty(mine.of_tokens(q), v.shape[-1])
+            partial.lse.copy_(sinks[mine.queries].view(1, -1, 1).expand_as(partial.lse))
+    for block, arrived in zip(plan.work.blocks, plan.exchange(k, v), strict=True):
+        for section in block.sections:
+            if section.pairs:
+                mine, carry = heads[section.group], partials[section.group]
+                key, value = (mine.repeated(section.keys.take(x)) for x in arrived)
+                partials[section.group] = kernel.forward(
+                    mine.of_tokens(q), key, value, mine.intervals(section), scale, carry, section.final
+                )
+    done = [p or Partial.empty(mine.of_tokens(q), v.shape[-1]) for mine, p in zip(heads, partials, strict=True)]
+    if len(done) == 1:
+        return done[0]
+    return Partial(torch.cat([p.out for p in done], 2), torch.cat([p.lse for p in done], 1))
 
 
 def backward(
@@ -43,28 +55,78 @@ def backward(
     """dq, dk, dv of this rank's tokens, in accumulator dtype. K and V pass by again; dK and dV follow them home."""
     dtype = accumulator_dtype(q.dtype)
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    if not q.shape[2]:
+        return dq, torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+    heads = [_Heads.of(group, q, k, repeats) for group in plan.work.groups]
+    grads = [mine.of_output(grad) for mine in heads]
     exchange = plan.exchange(k, v)
-    for block, (key, value) in zip(plan.work.blocks, exchange, strict=True):
-        dkv = KeyValues.zeros(k, v, len(block.keys), dtype)
-        if block.pairs and q.shape[2]:
-            parts = [_repeated(x, repeats) for x in (dkv.k, dkv.v)]  # themselves, where nothing repeats
-            key, value = (_repeated(x, repeats) for x in (key, value))
-            kernel.backward(grad, q, key, value, block.intervals, scale, dq, *parts)
-            for into, part in zip((dkv.k, dkv.v), parts, strict=True):
-                if part is not into:
-                    for kv_head, each in enumerate(part.split(repeats, 2)):
-                        into[:, :, kv_head] = each.sum(2)
+    for block, arrived in zip(plan.work.blocks, exchange, strict=True):
+        dkv = KeyValues.zeros(*arrived, arrived[0].shape[1], dtype)
+        for section in block.sections:
+            if section.pairs:
+                mine, keys = heads[section.group], section.keys
+                key, value = (mine.repeated(keys.take(x)) for x in arrived)
+                taken = [keys.room(x) for x in (dkv.k, dkv.v)]
+                parts = [mine.room(x) for x in taken]
+                kernel.backward(
+                    grads[section.group], mine.of_tokens(q), key, value, mine.intervals(section), scale,
+                    mine.of_tokens(dq), *parts,
+                )  # fmt: skip
+                for part, into, whole in zip(parts, taken, (dkv.k, dkv.v), strict=True):
+                    mine.add_repeated(part, into)
+                    keys.put_back(into, whole)
         exchange.give_back(dkv)
     home = exchange.home()
-    return dq, home.k, home.v
+    return dq, home.k.view(k.shape), home.v.view(v.shape)
 
 
-def _repeated(x: Tensor, repeats: tuple[int, ...]) -> Tensor:
-    """K or V with each KV head so often, neighbours; itself where each is there once."""
-    if max(repeats, default=1) == 1:
-        return x
-    heads = [kv_head for kv_head, count in enumerate(repeats) for _ in range(count)]
-    return x.index_select(2, torch.tensor(heads, device=x.device))
+class _Heads(NamedTuple):
+    """A group's query heads, and how often kernels are given each of its KV heads (empty: once)."""
+
+    queries: slice
+    repeats: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: HeadGroup, q: Tensor, k: Tensor, repeats: tuple[int, ...]) -> _Heads:
+        if group.heads is None:
+            return cls(slice(None), repeats if max(repeats, default=1) > 1 else ())
+        each = repeats or (1,) * k.shape[2]
+        queries = q.shape[2] // max(1, sum(each))  # to a KV head as often as it is given
+        first, last = group.heads.start, group.heads.stop
+        mine = each[first:last]
+        return cls(slice(sum(each[:first]) * queries, sum(each[:last]) * queries), mine if max(mine) > 1 else ())
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """This group's heads of ``[B, T, H, D]``."""
+        return x if self.queries == slice(None) else x[:, :, self.queries]
+
+    def of_output(self, grad: OutputGradient) -> OutputGradient:
+        """This group's heads of everything."""
+        if self.queries == slice(None):
+            return grad
+        dlse = None if grad.dlse is None else grad.dlse[:, self.queries]
+        return OutputGradient(self.of_tokens(grad.out), grad.lse[:, self.queries], self.of_tokens(grad.dout), dlse)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """K or V with each KV head as often as kernels want it, neighbours; itself where each is there once."""
+        if not self.repeats:
+            return x
+        heads = [kv_head for kv_head, count in enumerate(self.repeats) for _ in range(count)]
+        return x.index_select(2, torch.tensor(heads, device=x.device))
+
+    def room(self, into: Tensor) -> Tensor:
+        """Where the gradients of :meth:`repeated` are added: ``into`` itself, or zeros where heads repeat."""
+        return torch.zeros_like(self.repeated(into)) if self.repeats else into
+
+    def add_repeated(self, grads: Tensor, into: Tensor) -> None:
+        """Sum the gradients of what repeats."""
+        if self.repeats:
+            for kv_head, each in enumerate(grads.split(self.repeats, 2)):
+                into[:, :, kv_head] += each.sum(2)
+
+    def intervals(self, section: Section) -> Intervals:
+        """Of each KV head as often as it is given, where they differ."""
+        return section.intervals.repeated(self.repeats) if self.repeats else section.intervals
 
 
 def sinks_gradient(grad: OutputGradient, sinks: Tensor) -> Tensor:

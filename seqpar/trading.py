@@ -10,6 +10,7 @@ from torch import Tensor
 from seqpar.comm import Traffic, World
 
 from .dealing import deal_heads
+from .itinerary import itinerary
 from .layouts import Layout
 
 if TYPE_CHECKING:
@@ -69,8 +70,11 @@ class Trade:
         mine = hands.queries[rank % degree]
         inside = {"forward": Traffic(0, 0), "backward": Traffic(0, 0)}
         if mine.stop > mine.start:
-            keys = hands.keys[rank % degree]
-            inside = self.plan.kv_traffic(batch * (keys.stop - keys.start) * sum(head_dim), dtype, rank // degree)
+            keys, work, plan = hands.keys[rank % degree], self.plan.work, self.plan
+            if plan.mask.by_head:  # those of that rank's heads
+                whole = plan.mask, plan.layout, plan.schedule, plan.length, plan.kv_length
+                work = itinerary(*whole, plan.world.size, plan.world.rank, heads[1], range(keys.start, keys.stop))
+            inside = plan.kv_traffic(work, batch * sum(head_dim), keys.stop - keys.start, dtype, rank // degree)
         sent = messages(self._held, degree, rank, *heads, *head_dim)
         return {
             way: Traffic(

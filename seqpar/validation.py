@@ -163,7 +163,9 @@ def _check(plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ke
         got = f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
         raise ValueError(f"sinks: got {got}, expected a floating [{heads}], one per query head, on {q.device}")
     backend = kernel_named(kernel)
-    backend.check(q, k, v, [block.intervals for block in plan.work.blocks if block.pairs])
+    backend.check(
+        q, k, v, [section.intervals for block in plan.work.blocks for section in block.sections if section.pairs]
+    )
     return backend
 
 

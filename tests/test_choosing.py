@@ -36,19 +36,19 @@ def test_predicted_bytes_are_those_that_the_plan_sends(layout: str, world: int, 
     for name, case in MASKS.items():
         if not fits(name, layout):
             continue
-        size = case.length, case.kv_length
-        held = resolve_layout(seqpar.layouts.as_layout(layout_of(case, layout, world)), case.mask, *size, world)
+        size, mask = (case.length, case.kv_length), case.of(2)
+        held = resolve_layout(seqpar.layouts.as_layout(layout_of(case, layout, world)), mask, *size, world, 2)
 
-        def job(w: World, case: Any = case, held: Any = held) -> list[int]:
+        def job(w: World, case: Any = case, held: Any = held, mask: Any = mask) -> list[int]:
             plan = seqpar.plan(
-                case.mask, length=case.length, kv_length=case.kv_length, group=w, layout=held,
-                schedule=SCHEDULES[schedule],
+                mask, length=case.length, kv_length=case.kv_length, group=w, layout=held,
+                schedule=SCHEDULES[schedule], heads=(8, 2),
             )  # fmt: skip
             sent = plan.traffic(1, (8, 2), (16, 8), torch.bfloat16)
             return [sum(way.bytes for way in sent.values())]
 
         for rank, (expected,) in enumerate(run_loopback(world, job)):
-            work = work_of(SCHEDULES[schedule], case.mask, held, *size, world, rank)
+            work = work_of(SCHEDULES[schedule], mask, held, *size, world, rank, (8, 2))
             assert cost(SCHEDULES[schedule], held, work, call, RATES, rank).bytes == expected
 
 

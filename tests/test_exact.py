@@ -37,7 +37,7 @@ def oracle(
     case = MASKS[mask]
     inputs = {name: x.double() for name, x in tensors(case, heads, dtype, value_dim=value_dim).items()}
     leaves = {name: inputs[name].requires_grad_() for name in ("q", "k", "v", "sinks")}
-    out, whole_lse = dense_attention(*list(leaves.values())[:3], case.dense(), leaves["sinks"] if sinks else None)
+    out, whole_lse = dense_attention(*list(leaves.values())[:3], case.dense_of(*heads), leaves["sinks"] if sinks else None)
     objective = (out * inputs["dout"]).sum()
     if lse:
         seen = whole_lse.isfinite()
@@ -54,10 +54,10 @@ def torch_bf16_errors(mask: str, heads: tuple[int, int]) -> dict[str, float]:
     inputs = tensors(case, heads, torch.bfloat16)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
     out = scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in leaves), attn_mask=case.dense().unsqueeze(1), enable_gqa=True
+        *(x.transpose(1, 2) for x in leaves), attn_mask=case.dense_of(*heads), enable_gqa=True
     ).transpose(1, 2)
-    empty = ~case.dense().any(-1)  # where PyTorch gives NaN or an average of everything
-    out = out.masked_fill(empty.unsqueeze(-1).unsqueeze(-1), 0.0)
+    empty = ~case.dense_of(*heads).any(-1).transpose(1, 2)  # where PyTorch gives NaN or an average of everything
+    out = out.masked_fill(empty.unsqueeze(-1), 0.0)
     grads = torch.autograd.grad(out, leaves, inputs["dout"])
     expected = oracle(mask, heads, torch.bfloat16)
     return {

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from seqpar import Causal, Chunked, Documents, Mask, PrefixLM, SlidingWindow
 from seqpar.layouts import resolve_layout
+from seqpar.parts import Part
 from seqpar.reach import reach
 
 
@@ -34,7 +35,7 @@ def test_few_queries_tell_what_all_of_them_reach(data: st.DataObject) -> None:
     layout = resolve_layout(
         data.draw(st.sampled_from(["contiguous", "zigzag", "striped"])), mask, length, length, world
     )
-    segments, pairs = reach(mask, layout.queries, length, length)
+    segments, pairs = reach(Part(mask), layout.queries, length, length)
     for rank, queries in enumerate(layout.queries):
         lo, hi = mask.intervals(queries.tensor, length, length)
         seen = torch.zeros(length, dtype=torch.bool)

@@ -33,12 +33,13 @@ def measured(
 
     def job(w: World) -> tuple[dict[str, Traffic], dict[str, Traffic], dict[str, Traffic]]:
         plan = seqpar.plan(
-            case.mask,
+            case.of(heads[1]),
             length=case.length,
             kv_length=case.kv_length,
             group=w,
             layout=layout_of(case, layout, world),
             schedule=schedule,
+            heads=heads,
         )
         predicted = plan.traffic(batch=2, heads=heads, head_dim=(16, value_dim), dtype=dtype)
         result = attend(w, mask, layout, inputs, schedule=schedule)

@@ -345,10 +345,10 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_over_ranks(mask: str, kernel: str) -> None:
     """The whole of seqpar on two ranks: zigzag blocks of every mask, with sinks."""
     case = MASKS[mask]
-    whole = tensors(case, (2, 1), torch.float32, batch=len(case.dense()))
+    whole = tensors(case, (2, 1), torch.float32, batch=len(case.dense_of(2, 1)))
 
     def rank(world: World) -> list[Tensor]:
-        plan = seqpar.plan(case.mask, length=case.length, kv_length=case.kv_length, group=world)
+        plan = seqpar.plan(case.of(1), length=case.length, kv_length=case.kv_length, group=world, heads=(2, 1))
         q = plan.shard(whole["q"])
         k, v = (plan.shard(whole[name], of="keys") for name in ("k", "v"))
         sinks = whole["sinks"].clone()
@@ -361,7 +361,7 @@ def test_attention_over_ranks(mask: str, kernel: str) -> None:
 
     results = run_loopback(2, rank)
     leaves = [whole[name].double().requires_grad_() for name in ("q", "k", "v", "sinks")]
-    out, lse = dense_attention(*leaves[:3], case.dense(), sinks=leaves[3])
+    out, lse = dense_attention(*leaves[:3], case.dense_of(2, 1), sinks=leaves[3])
     expected = torch.autograd.grad([out, lse], leaves, [whole["dout"].double(), whole["dlse"].double()])
     for got in results:
         for x, y in zip(got[:-1], [out.detach(), *expected[:-1]], strict=True):

@@ -66,7 +66,7 @@ class TritonKernel:
             )
         attend = few_queries if q.shape[1] <= FEW_QUERIES else forward
         with on_device_of(q):
-            return attend(q, k, v, intervals.to(q.device), scale, carry, final)
+            return attend(q, k, v, intervals.of_heads(q.shape[2]).to(q.device), scale, carry, final)
 
     def backward(
         self,
@@ -88,7 +88,7 @@ class TritonKernel:
             {"dq": (dq, q.shape), "dk": (dk, k.shape), "dv": (dv, v.shape)},
             {"q": q, "k": k, "v": v, "out": grad.out, "dout": grad.dout, "lse": grad.lse},
         )
-        intervals = intervals.to(q.device)
+        intervals = intervals.of_heads(q.shape[2]).to(q.device)
         with on_device_of(q):
             if self.deterministic:
                 add_dq(grad, q, k, v, intervals, scale, dq)

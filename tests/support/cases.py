@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 import seqpar
 from seqpar import Causal, Chunked, Documents, Full, Mask, PrefixLM, SlidingWindow
 
-from .oracle import Sees, dense_mask
+from .oracle import HeadSees, Sees, dense_mask
 
 LENGTH = 61
 DOCUMENTS = [0, 7, 8, 31, 61]
@@ -21,25 +22,68 @@ BATCH_DOCUMENTS = [[0, 40, 61], [0, 3, 20, 21, 61]]
 
 @dataclass(frozen=True)
 class MaskCase:
-    """A mask, and which pairs it allows by its definition."""
+    """A mask, and which pairs it allows by its definition.
 
-    mask: Mask
-    sees: Sees
+    Where heads see different keys, ``sees`` is also given the KV head and their number, and ``mask`` may depend on it.
+    """
+
+    mask: Mask | Callable[[int], Mask]
+    sees: Sees | HeadSees
     length: int = LENGTH
     kv_length: int = LENGTH
     cu_q: tuple[tuple[int, ...], ...] = ()
     cu_k: tuple[tuple[int, ...], ...] = ()
 
+    def of(self, kv_heads: int) -> Mask:
+        """The mask of so many KV heads."""
+        return self.mask if isinstance(self.mask, Mask) else self.mask(kv_heads)
+
     @cache  # noqa: B019 - cases live as long as the test run
     def dense(self) -> Tensor:
-        """bool ``[B|1, length, kv_length]``."""
+        """bool ``[B|1, length, kv_length]``, the same for all heads."""
+        return self._dense(self.sees)
+
+    @cache  # noqa: B019
+    def dense_of(self, heads: int, kv_heads: int) -> Tensor:
+        """bool ``[B|1, heads, length, kv_length]``."""
+        if not self.of(kv_heads).by_head:
+            return self.dense().unsqueeze(1)
+        each = [
+            self._dense(lambda i, j, n, m, h=head: self.sees(i, j, n, m, h, kv_heads)) for head in range(kv_heads)
+        ]
+        return torch.stack(each, 1).repeat_interleave(heads // kv_heads, 1)
+
+    def _dense(self, sees: Sees) -> Tensor:
         cu_q = self.cu_q or ((0, self.length),)
         cu_k = self.cu_k or (self.cu_q or ((0, self.kv_length),))
-        return torch.stack([dense_mask(self.sees, list(a), list(b)) for a, b in zip(cu_q, cu_k, strict=True)])
+        return torch.stack([dense_mask(sees, list(a), list(b)) for a, b in zip(cu_q, cu_k, strict=True)])
 
 
 def _aligned(i: int, n: int, m: int) -> int:
     return i + m - n
+
+
+def s2(
+    block: int, local: int, stride: int, dense: int = 0, offsets: tuple[int, ...] | None = None
+) -> tuple[Mask, HeadSees]:
+    """Sparsely-sharded attention, and its definition, pair by pair."""
+
+    def sees(i: int, j: int, n: int, m: int, head: int, kv_heads: int) -> bool:
+        i += m - n
+        sparse = head < kv_heads - dense
+        residue = head % stride if offsets is None else offsets[head] if sparse else 0
+        in_band = i // block - j // block < local
+        return j <= i and (in_band or not sparse or j // block % stride == residue)
+
+    return seqpar.SparselySharded(block, local, stride, dense, offsets, allow_incomplete=True), sees
+
+
+def _sink_window(i: int, j: int, n: int, m: int, head: int = 0, kv_heads: int = 0) -> bool:
+    return j <= _aligned(i, n, m) and (j < 3 or _aligned(i, n, m) - j < 9)
+
+
+def _streaming_heads(i: int, j: int, n: int, m: int, head: int, kv_heads: int) -> bool:
+    return j <= i if head % 3 == 0 else _sink_window(i, j, n, m)
 
 
 def _documents(*rows: list[int]) -> dict[str, Any]:
@@ -58,6 +102,15 @@ MASKS = {
         Documents(BATCH_DOCUMENTS) & SlidingWindow(11),
         lambda i, j, n, m: i - 11 <= j <= i,
         **_documents(*BATCH_DOCUMENTS),
+    ),
+    "sink_window": MaskCase(seqpar.SinkWindow(3, 9) & Documents(DOCUMENTS), _sink_window, **_documents(DOCUMENTS)),
+    "streaming_heads": MaskCase(
+        lambda kv_heads: seqpar.PerHead([seqpar.SinkWindow(3, 9) if h % 3 else Causal() for h in range(kv_heads)]),
+        _streaming_heads,
+    ),
+    "s2": MaskCase(*s2(16, 1, 2)),
+    "s2_documents": MaskCase(
+        s2(16, 1, 2, dense=1)[0] & Documents(DOCUMENTS), s2(16, 1, 2, dense=1)[1], **_documents(DOCUMENTS)
     ),
     "cross_causal": MaskCase(Causal(), lambda i, j, n, m: j <= _aligned(i, n, m), kv_length=47),
     "cross_documents": MaskCase(
@@ -79,7 +132,7 @@ HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}
 
 def fits(mask: str, layout: str) -> bool:
     """Whether a layout can hold a mask: dealing by document needs one list of documents."""
-    documents = MASKS[mask].mask.documents
+    documents = MASKS[mask].of(2).documents
     return layout != "document_zigzag" or (documents is not None and len(documents.queries) == 1)
 
 

@@ -36,14 +36,15 @@ def attend(
     lse: bool = False,
 ) -> dict[str, Tensor]:
     """Whole out and lse, and the gradients of the whole inputs, as this rank comes to know them; and what it sent."""
-    case = MASKS[mask]
+    case, heads = MASKS[mask], (inputs["q"].shape[2], inputs["k"].shape[2])
     plan = seqpar.plan(
-        case.mask,
+        case.of(heads[1]),
         length=case.length,
         kv_length=case.kv_length,
         group=world,
         layout=layout_of(case, layout, world.size),
         schedule=schedule,
+        heads=heads,
     )
     whole = {name: inputs[name].clone().requires_grad_() for name in ("q", "k", "v", "sinks")}
     world.meter.reset()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Sees = Callable[[int, int, int, int], bool]  # (query, key, queries, keys) of a document -> does it see it
+HeadSees = Callable[[int, int, int, int, int, int], bool]  # and the KV head, and how many there are
 
 
 def dense_mask(sees: Sees, cu_q: list[int], cu_k: list[int]) -> Tensor:
@@ -23,11 +24,11 @@ def dense_mask(sees: Sees, cu_q: list[int], cu_k: list[int]) -> Tensor:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out ``[B, S, H, Dv]``, lse ``[B, H, S]`` under a boolean mask ``[B|1, S, Skv]``; empty rows give 0 and -inf."""
+    """out ``[B, S, H, Dv]``, lse ``[B, H, S]`` under a boolean mask ``[B|1, (H,) S, Skv]``; empty rows give 0 and -inf."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    scores = scores.masked_fill(~(mask if mask.dim() == 4 else mask.unsqueeze(1)), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     empty = (scores == -torch.inf).all(-1)

@@ -10,7 +10,7 @@ The plan says who attends to whom: pass no attention_mask, and give it the docum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,12 +74,14 @@ def attention_forward(
     """Attention over this rank's tokens, called by the model's layers.
 
     query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, T, H, Dv], and no attention weights.
-    seqpar_plan: a plan, or for models whose layers have different windows a mapping from each `sliding_window` (None
-    for the layers without) to its plan. s_aux: learnable sinks [H]. Raises ValueError for anything else that would
+    seqpar_plan: a plan; or a list with the plan of each layer; or for models whose layers have different windows a
+    mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises ValueError for anything else that would
     change the result: nothing is dropped.
     """
     if isinstance(seqpar_plan, Mapping):
         seqpar_plan = seqpar_plan.get(sliding_window)
+    elif isinstance(seqpar_plan, Sequence):
+        seqpar_plan = _of_layer(seqpar_plan, module)
     if seqpar_plan is None:
         where = f" for layers with sliding_window={sliding_window}" if sliding_window is not None else ""
         raise ValueError(f"seqpar attention got no plan{where}; expected one: call model(..., seqpar_plan=plan)")
@@ -139,6 +141,19 @@ def _check_model(config: Any, plan: seqpar.Plan, position_ids: Tensor | None) ->
             )
     except ValueError as error:
         agree_once(plan, ATTENTION, {}, error)
+
+
+def _of_layer(plans: Sequence[Any], module: nn.Module) -> Any:
+    layer, layers = (
+        getattr(module, "layer_idx", None),
+        getattr(getattr(module, "config", None), "num_hidden_layers", None),
+    )
+    if layer is None or len(plans) != layers:
+        raise ValueError(
+            f"seqpar attention got {len(plans)} plans for a model of {layers} layers, expected one for each layer; give "
+            "the same plan again for layers that share it"
+        )
+    return plans[layer]
 
 
 def _has_window(plan: Any, window: int) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 TILE_ROWS = 192
 CALL_PAIRS = 1024  # a kernel call costs about as much as this many query-key pairs
+KEY_PAIRS = 40  # and as this many for each of its keys, whose dK and dV it clears and adds to others
 MASKED_PAIRS = 1 << 20  # the largest mask worth building: beyond it, only ragged edges are masked
 
 
@@ -62,22 +63,30 @@ def _linear_runs(lo: np.ndarray, hi: np.ndarray) -> list[slice]:
 
 
 def _join_short_runs(lo: np.ndarray, hi: np.ndarray, runs: list[slice]) -> list[tuple[slice, bool]]:
-    """Join neighbouring runs while one masked tile over them costs no more than a call for each."""
-    pairs_before = np.concatenate([[0], np.cumsum(hi - lo)])
+    """Join neighbouring runs while a tile over them costs no more than each by itself."""
     joined: list[tuple[slice, bool]] = []
     apart = 0
     for run in runs:
-        alone = int(pairs_before[run.stop] - pairs_before[run.start]) + CALL_PAIRS
-        if joined:
+        alone = _cost(_cut_run(lo, hi, run, joined=False))
+        if joined and run.stop - joined[-1][0].start <= TILE_ROWS:
             tile = slice(joined[-1][0].start, run.stop)
-            rows, keys = tile.stop - tile.start, int(hi[run.stop - 1] - lo[tile.start])
-            if rows <= TILE_ROWS and rows * keys + CALL_PAIRS <= apart + alone:
+            if _cost(_cut_tile(lo, hi, tile)) <= apart + alone:
                 joined[-1] = (tile, True)
                 apart += alone
                 continue
         joined.append((run, False))
         apart = alone
     return joined
+
+
+def _cost(pieces: list[Piece]) -> int:
+    """In query-key pairs, as forward and backward take them: what is computed, a call each, and passes over its keys."""
+    cost = 0
+    for piece in pieces:
+        rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+        computed = rows * (rows + TILE_ROWS) // 2 if piece.kind == "causal" and rows > TILE_ROWS else rows * keys
+        cost += CALL_PAIRS + KEY_PAIRS * keys + computed
+    return cost
 
 
 def _cut_run(lo: np.ndarray, hi: np.ndarray, rows: slice, joined: bool) -> list[Piece]:

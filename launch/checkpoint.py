@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from .distributed import Ranks
 from .errors import RunError
 from .manifest import checkpoints, last_whole, name_of, read_manifest, step_of, whole_checkpoints, write_manifest
+from .outputs import CHECKPOINTS
 
 
 class Checkpoints:
@@ -74,18 +81,41 @@ class Checkpoints:
             group.update(settings)  # this run's, not the checkpoint's
         return step_of(path)
 
+    def load_weights(self, run: Path, model: nn.Module) -> None:
+        """Load only the model's weights, from the newest whole checkpoint of another run's folder.
+
+        Raises ValueError where there is none, or where it is of a model of another shape, naming the field.
+        """
+
+        def choose() -> str:
+            path = last_whole(run / CHECKPOINTS)
+            if path is None:
+                raise ValueError(
+                    f"--init found no whole checkpoint under {run / CHECKPOINTS}; name another run's --out"
+                )
+            self._check_same(path, [name for name in self.identity if name.startswith("model ")])
+            return str(path)
+
+        path = Path(self.ranks.on_rank0(choose))
+        parameters = get_model_state_dict(model)
+        dcp.load({"model": parameters}, checkpoint_id=path)
+        set_model_state_dict(model, parameters)
+
+    def _check_same(self, path: Path, names: Iterable[str]) -> None:
+        manifest = read_manifest(path)
+        for name in names:
+            if manifest.get(name) != self.identity[name]:
+                raise ValueError(
+                    f"checkpoint {path} was made with {name} {manifest.get(name)}, this run has {self.identity[name]}; "
+                    f"expected the same: give the same {name}, or start anew with another --out"
+                )
+
     def _choose(self) -> str:
         path = last_whole(self.directory, report=lambda line: print(f"seqpar train: {line}", flush=True))
         if path is None:
             raise ValueError(f"--resume found no whole checkpoint under {self.directory}; start anew in another --out")
-        manifest = read_manifest(path)
-        for name, mine in self.identity.items():
-            if manifest.get(name) != mine:
-                raise ValueError(
-                    f"checkpoint {path} was made with {name} {manifest.get(name)}, this run has {mine}; "
-                    f"expected the same: give the same {name}, or start anew with another --out"
-                )
-        before = manifest.get("options", {})
+        self._check_same(path, self.identity)
+        before = read_manifest(path).get("options", {})
         for name in sorted(self.options.keys() & before.keys()):
             if self.options[name] != before[name]:
                 option = name.replace("_", "-")

@@ -41,6 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Llama shapes with grouped-query attention: about 0.1M, 1.7M, 76M and 1.1B parameters."""
 
 
+_S2 = ("s2_block", "s2_local", "s2_stride", "s2_dense_heads", "s2_dense_layers", "s2_allow_incomplete")
+
+
 class OptionError(ValueError):
     """An option's value that can't be; the message names the option as the command line spells it."""
 
@@ -61,6 +64,9 @@ class TrainConfig:
     """A local Hugging Face checkpoint with its tokenizer. Default: a preset's shape with random weights, and bytes."""
     preset: Literal["tiny", "small", "base", "large"] | None = None
     """Shape of the model where --model is not given. Default: small."""
+
+    init: Path | None = None
+    """Start from the weights of another run's last checkpoint, its --out folder: continue dense weights with s2, say."""
 
     seq_len: int = 2048
     """Tokens in one row, over all ranks that share it; needs no divisibility."""
@@ -89,10 +95,22 @@ class TrainConfig:
     """The ring's exchange: every shard to every rank, or only the rows that some query needs."""
     layout: str = "zigzag"
     """Who holds which tokens: zigzag, contiguous, striped, balanced, document_zigzag, whole_documents, or auto."""
-    mask: Literal["causal", "window"] = "causal"
-    """Who attends to whom inside a document: all earlier tokens, or the last --window of them."""
+    mask: Literal["causal", "window", "s2"] = "causal"
+    """Who attends to whom inside a document: all earlier tokens, the last --window of them, or sparsely-sharded."""
     window: int | None = None
     """Tokens that a query sees with --mask window, itself included. Default: 1024."""
+    s2_block: int | None = None
+    """Tokens of a block with --mask s2, a power of two. Default: 64."""
+    s2_local: int | None = None
+    """Blocks that every head sees up to the query's own, with --mask s2. Default: 16."""
+    s2_stride: int | None = None
+    """With --mask s2, every KV head sees each so-manieth of the older blocks. Default: the number of sparse KV heads."""
+    s2_dense_heads: int = 0
+    """KV heads, the last ones, that see everything with --mask s2."""
+    s2_dense_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that see everything with --mask s2."""
+    s2_allow_incomplete: bool = False
+    """Let there be older blocks that no head sees with --mask s2; otherwise that is refused."""
     checkpoint_activations: Literal["none", "full", "selective"] = "none"
     """Recompute layers in the backward: none, all of them, or all but their attention and its communication."""
 
@@ -128,7 +146,8 @@ class TrainConfig:
             _at_least(1, name, getattr(self, name))
         for name in ("warmup", "eval_every", "save_every", "sample_tokens", "weight_decay", "grad_clip", "seed"):
             _at_least(0, name, getattr(self, name))
-        for name in ("sp", "threads", "window"):
+        _at_least(0, "s2_dense_heads", self.s2_dense_heads)
+        for name in ("sp", "threads", "window", "s2_block", "s2_local", "s2_stride"):
             if getattr(self, name) is not None:
                 _at_least(1, name, getattr(self, name))
         for name, most in (("lr", 1e3), ("timeout", 1e6)):
@@ -146,6 +165,15 @@ class TrainConfig:
             )
         if self.window is not None and self.mask != "window":
             raise OptionError(f"--window {self.window} got --mask {self.mask}; only --mask window has one: add it")
+        given = [name for name in _S2 if getattr(self, name) not in (None, 0, (), False)]
+        if given and self.mask != "s2":
+            option = given[0].replace("_", "-")
+            raise OptionError(f"--{option} got --mask {self.mask}; only --mask s2 has it: add it")
+        if self.init is not None and (self.resume or not (self.init / "checkpoints").is_dir()):
+            wrong = "--resume too" if self.resume else "a folder without checkpoints"
+            raise OptionError(
+                f"--init {self.init} got {wrong}; expected the --out folder of another run, to begin a new one"
+            )
         if self.preset is not None and self.model is not None:
             raise OptionError(f"--preset {self.preset} got --model too; the model has its shape: drop one of them")
         if self.resume and self.out is None:

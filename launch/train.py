@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .data import Batch, Corpus, find_documents, load_corpus
 from .distributed import Ranks, connected
 from .errors import RunError
+from .masks import describe, distinct, layer_masks
 from .model import Text, build, load_text, model_config, shard
 from .outputs import CHECKPOINTS, prepare, remove_partial
 from .report import Report, Step, peak_memory
@@ -39,7 +40,7 @@ PROMPT_TOKENS = 64
 # Options that a continued run may change, and that change what it computes.
 _MAY_CHANGE = ("steps", "lr", "warmup", "weight_decay", "grad_clip", "dtype")
 # Options that may differ between ranks without changing what is computed; data and model are compared by content.
-_OF_ONE_RANK = ("nproc", "threads", "out", "debug", "timeout", "data", "model")
+_OF_ONE_RANK = ("nproc", "threads", "out", "debug", "timeout", "data", "model", "init")
 
 
 def run(config: TrainConfig, place: Place) -> None:
@@ -66,6 +67,7 @@ def _read(config: TrainConfig) -> tuple[Text, Corpus, PretrainedConfig]:
             f"--model {config.model}: got a tokenizer of {text.vocabulary} tokens and an embedding of "
             f"{shape.vocab_size}, expected one for each; resize the model's embedding, or use its own tokenizer"
         )
+    layer_masks(config, shape)
     corpus = load_corpus(
         find_documents(config.data, config.suffixes),
         text.encode,
@@ -101,6 +103,9 @@ class _Run:
         changeable = {name: value for name, value in config.as_dict().items() if name in _MAY_CHANGE}
         self.checkpoints = Checkpoints(out / CHECKPOINTS, identity, changeable, config.keep, ranks)
         self.done = self.checkpoints.load(self.model, self.optimizer) if config.resume else 0
+        if config.init is not None:
+            self.checkpoints.load_weights(config.init, self.model)
+        self.masks = layer_masks(config, shape)
         self.report = Report(out, config.steps, self.done, is_rank0=ranks.rank == 0)
 
     def train(self) -> None:
@@ -139,32 +144,36 @@ class _Run:
         if self.done:
             line(f"resumed after step {self.done}")
 
-    def _mask(self) -> seqpar.Mask:
-        return seqpar.Causal() if self.config.mask == "causal" else seqpar.SlidingWindow(self.config.window_tokens - 1)
-
-    def _plan(self, batch: Batch) -> seqpar.Plan:
+    def _plans(self, batch: Batch) -> list[seqpar.Plan]:
+        """One for each layer; layers with the same mask share it, and all share the layout of their tokens."""
         config, model = self.config, self.model.config
         head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        return seqpar.plan(
-            self._mask() & seqpar.Documents(batch.cu_seqlens),
-            length=config.seq_len,
-            group=self.ranks.sequence,
-            layout=config.layout,
-            schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
-            heads=(model.num_attention_heads, model.num_key_value_heads),
-            head_dim=head_dim,
-            dtype=self.dtype,
-        )
+        layout: str | seqpar.Layout = config.layout
+        plans = {}
+        for mask in distinct(self.masks):
+            plans[mask] = seqpar.plan(
+                mask & seqpar.Documents(batch.cu_seqlens),
+                length=config.seq_len,
+                group=self.ranks.sequence,
+                layout=layout,
+                schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
+                heads=(model.num_attention_heads, model.num_key_value_heads),
+                head_dim=head_dim,
+                dtype=self.dtype,
+            )
+            layout = plans[mask].layout
+        return [plans[mask] for mask in self.masks]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of this rank's tokens of a batch, and their number."""
-        plan = self._plan(batch)
+        plans = self._plans(batch)
+        plan = plans[0]
         tokens = batch.tokens.to(self.ranks.device)
         logits = self.model(
             input_ids=plan.shard(tokens),
             position_ids=plan.position_ids.to(self.ranks.device),
             use_cache=False,
-            seqpar_plan=plan,
+            seqpar_plan=plans,
         ).logits
         labels = plan.shift_labels(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
@@ -270,7 +279,7 @@ class _Run:
             self.model,
             prompt,
             self.config.sample_tokens,
-            mask=self._mask(),
+            masks=self.masks,
             vocabulary=self.text.vocabulary,
             seed=self.config.seed,
             ranks=self.ranks,
@@ -305,7 +314,7 @@ def _identity(config: TrainConfig, corpus: Corpus, shape: PretrainedConfig) -> d
         "seed": config.seed,
         "seq_len": config.seq_len,
         "batch_size": config.batch_size,
-        "mask": config.mask if config.mask == "causal" else f"window of {config.window_tokens}",
+        "mask": describe(config, shape),
         "data": f"{corpus.train.digest()}-{corpus.held_out.digest()}",
         **{f"model {name}": value for name, value in sorted(shape.to_dict().items()) if name not in generic},
     }

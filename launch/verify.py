@@ -6,8 +6,10 @@ sharding, no seqpar attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ from torch.nn import functional as F
 
 from .config import TrainConfig
 from .data import Batch
+from .masks import seen_pairs
+from .model import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-2, 1e-1)}
 """Largest relative differences of loss and gradient. In bf16 either side rounds every product to 8 bits."""
@@ -73,25 +80,37 @@ def clean(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def reference_step(model: nn.Module, batch: Batch, config: TrainConfig) -> tuple[float, dict[str, Tensor]]:
+def reference_step(model: PreTrainedModel, batch: Batch, config: TrainConfig) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole batch on the plain model, document by document, in fp32 on the CPU."""
     model.train()
     count = sum(document.shape[1] - 1 for document in batch.documents())
     total = 0.0
     for document in batch.documents():
         if document.shape[1] > 1:
-            mask = _window_mask(document.shape[1], config.window_tokens) if config.mask == "window" else None
-            logits = model(input_ids=document, attention_mask=mask, use_cache=False).logits
+            with _masked_layers(model, seen_pairs(config, model.config, document.shape[1])):
+                logits = model(input_ids=document, use_cache=False).logits
             loss = F.cross_entropy(logits[0, :-1].float(), document[0, 1:], reduction="sum") / count
             loss.backward()
             total += float(loss.detach())
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _window_mask(length: int, window: int) -> Tensor:
-    """[1, 1, L, L], True where query i sees key j: 0 <= i - j < window."""
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+@contextmanager
+def _masked_layers(model: PreTrainedModel, masks: Sequence[Tensor | None]) -> Iterator[None]:
+    """Give each layer's attention its own mask, bool [1, H|1, L, L]; the model's own, causal one where None."""
+    layers = [layer for _, layer in decoder_layers(model)]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+        for layer, mask in zip(layers, masks, strict=True)
+        if mask is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compare(

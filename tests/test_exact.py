@@ -37,7 +37,9 @@ def oracle(
     case = MASKS[mask]
     inputs = {name: x.double() for name, x in tensors(case, heads, dtype, value_dim=value_dim).items()}
     leaves = {name: inputs[name].requires_grad_() for name in ("q", "k", "v", "sinks")}
-    out, whole_lse = dense_attention(*list(leaves.values())[:3], case.dense_of(*heads), leaves["sinks"] if sinks else None)
+    out, whole_lse = dense_attention(
+        *list(leaves.values())[:3], case.dense_of(*heads), leaves["sinks"] if sinks else None
+    )
     objective = (out * inputs["dout"]).sum()
     if lse:
         seen = whole_lse.isfinite()

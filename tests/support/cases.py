@@ -48,9 +48,7 @@ class MaskCase:
         """bool ``[B|1, heads, length, kv_length]``."""
         if not self.of(kv_heads).by_head:
             return self.dense().unsqueeze(1)
-        each = [
-            self._dense(lambda i, j, n, m, h=head: self.sees(i, j, n, m, h, kv_heads)) for head in range(kv_heads)
-        ]
+        each = [self._dense(lambda i, j, n, m, h=head: self.sees(i, j, n, m, h, kv_heads)) for head in range(kv_heads)]
         return torch.stack(each, 1).repeat_interleave(heads // kv_heads, 1)
 
     def _dense(self, sees: Sees) -> Tensor:

@@ -103,24 +103,31 @@ def rows_needed(
 
     Summed over the group's heads, each with its stripes; rows of all heads where the group is of all.
     """
-    plain = [s for part, s in zip(group.parts, segments, strict=True) if striped_keys(part, length, kv_length) is None]
+    plain: list[Segments] = []
+    in_stripes: list[Segments] = []
+    stripes, document_keys = None, None
+    for part, theirs in zip(group.parts, segments, strict=True):
+        striped_by = striped_keys(part, length, kv_length)
+        if striped_by is None:
+            plain.append(theirs)
+        else:  # all of a group's are the same
+            stripes, document_keys = part.stripes, striped_by
+            in_stripes.append(theirs)
     needed = torch.zeros(len(segments[0]), len(keys), dtype=torch.int64)
     heads = 1 if group.heads is None else len(group.heads)
-    whole = joined(plain) if plain else None
-    if whole is not None:
-        reader, low, high = _flat(whole)
+    if plain:
+        reader, low, high = _flat(joined(plain))
         for owner, positions in enumerate(keys):
             counts = positions.count_below(high) - positions.count_below(low)
             needed[:, owner].index_add_(0, reader, counts * heads)
-    for part, theirs in zip(group.parts, segments, strict=True):
-        document_keys = striped_keys(part, length, kv_length)
-        if document_keys is None or part.stripes is None:
-            continue
-        besides = theirs if whole is None else tuple(without(a, b) for a, b in zip(theirs, whole, strict=True))
+    if stripes is not None and document_keys is not None:
+        besides = joined(in_stripes)
+        if plain:
+            besides = tuple(without(a, b) for a, b in zip(besides, joined(plain), strict=True))
         reader, low, high = _flat(besides)
         ends = torch.stack([low, high])
         for owner, positions in enumerate(keys):
-            below = part.stripes.count_below(positions, ends, document_keys)
+            below = stripes.count_below(positions, ends, document_keys)
             needed[:, owner].index_add_(0, reader, (below[:, 1] - below[:, 0]).sum(0))
     return needed
 

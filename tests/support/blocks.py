@@ -32,7 +32,13 @@ SHAPES = {
     "wide_v": Shape(heads=4, dim=6, value_dim=11),
     "odd": Shape(dim=7, value_dim=7),
 }
-ROWS = {"shared": (False, False), "per_batch": (True, False), "per_head": (False, True), "per_both": (True, True)}
+ROWS = {
+    "shared": (False, ""),
+    "per_batch": (True, ""),
+    "per_head": (False, "heads"),
+    "per_kv_head": (False, "kv_heads"),
+    "per_both": (True, "heads"),
+}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -44,7 +50,7 @@ def random_intervals(
 ) -> Intervals:
     """Both bounds non-decreasing, ragged, many rows empty, some of them in the middle."""
     per_batch, per_head = ROWS[rows]
-    size = batch if per_batch else 1, shape.heads if per_head else 1, queries
+    size = batch if per_batch else 1, getattr(shape, per_head) if per_head else 1, queries
     start, end = (torch.randint(-5, keys + 3, size, generator=generator(seed + i)) for i in range(2))
     start, end = (bound.clamp(0, keys).sort(-1).values.to(torch.int32) for bound in (start, end))
     return Intervals(start, torch.maximum(start, end))
@@ -57,10 +63,10 @@ def pairs(intervals: Intervals, keys: int) -> Tensor:
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention under a mask per head: ``seen [B|1, H|1, Tq, Tk]``."""
+    """Dense attention under a mask per head: ``seen [B|1, G, Tq, Tk]``, each for H/G neighbours."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, 2).split(1, 2) for x in (k, v))
-    seen = seen.expand(-1, q.shape[2], -1, -1).unbind(1)
+    seen = seen.repeat_interleave(q.shape[2] // seen.shape[1], 1).unbind(1)
     heads = [dense_attention(*one, scale=scale) for one in zip(q.split(1, 2), k, v, seen, strict=True)]
     return torch.cat([out for out, _ in heads], 2), torch.cat([lse for _, lse in heads], 1)
 
@@ -108,7 +114,10 @@ def run_blocks(
     assert all(torch.equal(x, y) for x, y in zip((q, dout, *k, *v), before, strict=True)), "inputs are left alone"
 
     leaves = [x.double().requires_grad_() for x in (q, torch.cat(k, 1), torch.cat(v, 1))]
-    seen = [pairs(intervals, n).expand(batch, shape.heads, -1, -1) for intervals, n in zip(blocks, sizes, strict=True)]
+    seen = [
+        pairs(intervals, n).repeat_interleave(shape.heads // intervals.start.shape[1], 1).expand(batch, -1, -1, -1)
+        for intervals, n in zip(blocks, sizes, strict=True)
+    ]
     out, lse = oracle(*leaves, torch.cat(seen, -1).to(device), scale)
     objective = (out * dout.double()).sum()
     if dlse is not None:

@@ -24,7 +24,7 @@ def dense_mask(sees: Sees, cu_q: list[int], cu_k: list[int]) -> Tensor:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out ``[B, S, H, Dv]``, lse ``[B, H, S]`` under a boolean mask ``[B|1, (H,) S, Skv]``; empty rows give 0 and -inf."""
+    """out ``[B, S, H, Dv]``, lse ``[B, H, S]`` under a boolean ``[B|1, (H,) S, Skv]``; empty rows give 0 and -inf."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)

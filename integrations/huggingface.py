@@ -75,8 +75,8 @@ def attention_forward(
 
     query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, T, H, Dv], and no attention weights.
     seqpar_plan: a plan; or a list with the plan of each layer; or for models whose layers have different windows a
-    mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises ValueError for anything else that would
-    change the result: nothing is dropped.
+    mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises
+    ValueError for anything else that would change the result: nothing is dropped.
     """
     if isinstance(seqpar_plan, Mapping):
         seqpar_plan = seqpar_plan.get(sliding_window)
@@ -150,8 +150,8 @@ def _of_layer(plans: Sequence[Any], module: nn.Module) -> Any:
     )
     if layer is None or len(plans) != layers:
         raise ValueError(
-            f"seqpar attention got {len(plans)} plans for a model of {layers} layers, expected one for each layer; give "
-            "the same plan again for layers that share it"
+            f"seqpar attention got {len(plans)} plans for a model of {layers} layers, expected one for each layer; "
+            "give the same plan again for layers that share it"
         )
     return plans[layer]
 

@@ -57,7 +57,8 @@ class Intervals:
             return self
         if counts not in self._repeated:
             times = torch.tensor(counts, device=self.start.device)
-            self._repeated[counts] = Intervals(*(x.repeat_interleave(times, 1) for x in (self.start, self.end)))
+            start, end = (x.repeat_interleave(times, 1) for x in (self.start, self.end))
+            self._repeated[counts] = Intervals(start, end)
         return self._repeated[counts]
 
     def of_heads(self, heads: int) -> Intervals:

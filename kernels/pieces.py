@@ -80,7 +80,7 @@ def _join_short_runs(lo: np.ndarray, hi: np.ndarray, runs: list[slice]) -> list[
 
 
 def _cost(pieces: list[Piece]) -> int:
-    """In query-key pairs, as forward and backward take them: what is computed, a call each, and passes over its keys."""
+    """In query-key pairs, as both passes take them: what is computed, a call each, and passes over its keys."""
     cost = 0
     for piece in pieces:
         rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start

@@ -66,7 +66,7 @@ class TrainConfig:
     """Shape of the model where --model is not given. Default: small."""
 
     init: Path | None = None
-    """Start from the weights of another run's last checkpoint, its --out folder: continue dense weights with s2, say."""
+    """Start from the weights of another run, its --out folder: to continue a dense model with s2, say."""
 
     seq_len: int = 2048
     """Tokens in one row, over all ranks that share it; needs no divisibility."""
@@ -104,7 +104,7 @@ class TrainConfig:
     s2_local: int | None = None
     """Blocks that every head sees up to the query's own, with --mask s2. Default: 16."""
     s2_stride: int | None = None
-    """With --mask s2, every KV head sees each so-manieth of the older blocks. Default: the number of sparse KV heads."""
+    """With --mask s2, a KV head sees one in so many of the older blocks. Default: the number of sparse KV heads."""
     s2_dense_heads: int = 0
     """KV heads, the last ones, that see everything with --mask s2."""
     s2_dense_layers: tuple[int, ...] = ()

@@ -49,7 +49,8 @@ def describe(config: TrainConfig, shape: PretrainedConfig) -> str:
         return f"window of {config.window_tokens}"
     block, local, stride = s2_sizes(config, shape)
     dense = ", ".join(map(str, sorted(config.s2_dense_layers))) or "none"
-    return f"s2 of block {block}, {local} local, stride {stride}, {config.s2_dense_heads} dense heads, dense layers {dense}"
+    heads = config.s2_dense_heads
+    return f"s2 of block {block}, {local} local, stride {stride}, {heads} dense heads, dense layers {dense}"
 
 
 def seen_pairs(config: TrainConfig, shape: PretrainedConfig, length: int) -> list[Tensor | None]:

@@ -1,5 +1,6 @@
 """seqpar: attention over sequences that are split over ranks; exact, and over ``torch.distributed``."""
 
+from .cache import KVCache
 from .functional import AttentionOutput, attention, attention_with_lse, token_mean
 from .layouts import Layout
 from .masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, SlidingWindow
@@ -18,6 +19,7 @@ __all__ = [
     "Documents",
     "DoubleRing",
     "Full",
+    "KVCache",
     "Layout",
     "Mask",
     "PerHead",

@@ -26,8 +26,9 @@ def balanced(
 ) -> tuple[Positions, ...]:
     """Which tokens each rank holds: chunks of ``chunk`` tokens, as many for each rank (one more for some).
 
-    Work is the number of query-key pairs that the mask's ``groups`` of heads see. From chunks dealt in order, and from chunks dealt from
-    both ends (zigzag), the busiest rank swaps one of its chunks with another rank's, as long as that helps; the dealing
+    Work is the number of query-key pairs that the mask's ``groups`` of heads see. From chunks dealt in order, and from
+    chunks dealt from both ends (zigzag), the busiest rank swaps one of its chunks with another rank's, as long as that
+    helps; the dealing
     whose busiest rank then moves the fewest rows is taken, unless the other is clearly more even.
     """
     chunks = tuple(Positions.runs([(first, min(chunk, length - first), 1)]) for first in range(0, length, chunk))

@@ -16,7 +16,7 @@ from .parts import HeadGroup, dealt
 from .positions import Positions
 from .reach import Totals, joined, totals
 from .schedules import AllGather, DoubleRing, Inner, ring_size
-from .sections import Block, Seen, block_of_heads, block_of_tokens, marked_final, needed_by_heads
+from .sections import Block, Seen, block_of_heads, block_of_tokens, marked_final, single_rows, wanted_rows
 
 Travel = Literal["forward", "direct", "gather"]
 
@@ -80,6 +80,7 @@ class Itinerary:
     def places(self) -> list[Tensor]:
         """Where the rows of each other rank stand among those gathered, by rank; nothing for this one."""
         gathered = self.blocks[-1].keys
+        assert gathered is not None, "whole rows are gathered"
         shards = [keys.tensor if rank != self.rank else keys.tensor[:0] for rank, keys in enumerate(self.layout.keys)]
         return [gathered.count_below(shard) for shard in shards]
 
@@ -92,8 +93,7 @@ class Itinerary:
         rows: list[Tensor | None] = []
         for reader in range(self.world):
             if self.kv_heads is not None:
-                each = needed_by_heads(self.groups, self.totals, reader, self.keys, self.kv_heads)
-                rows.append(torch.cat([tokens * self.kv_heads + head for head, tokens in enumerate(each)]))
+                rows.append(single_rows(wanted_rows(self.groups, self.totals, reader, self.keys)))
                 continue
             needed = self.keys.within(joined([part[reader : reader + 1] for part in self.totals.segments[0]])[0])
             rows.append(None if len(needed) == len(self.keys) else self.keys.count_below(needed.tensor))
@@ -154,8 +154,9 @@ def itinerary(
             needed = keys.within(joined([part[rank : rank + 1] for part in reached.segments[0]])[0])
             blocks.append(block_of_tokens(source, needed, groups, seen, count))
         else:
-            positions = [keys.tensor[rows] for rows in needed_by_heads(groups, reached, rank, keys, count)]
-            blocks.append(block_of_heads(source, positions, groups, seen))
+            assert source is not None, "keys are sent directly by one rank each"
+            wanted = wanted_rows(groups, reached, rank, keys)
+            blocks.append(block_of_heads(source, keys, wanted, groups, seen))
     return Itinerary(rank, layout, groups, count, marked_final(blocks, len(groups)), exchange, inside, reached)
 
 

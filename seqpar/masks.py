@@ -1,9 +1,9 @@
 """Masks: which keys each query sees, as one interval ``lo <= key < hi`` of global positions per query, or a few.
 
-An interval mask's own rule is written for a single document of ``num_queries`` queries and ``num_keys`` keys. ``&`` intersects
-rules, and :class:`Documents` applies them to each document in that document's own coordinates: packed documents attend
-exactly as each does alone. Where queries and keys differ in number, their ends are aligned per document: query ``i``
-stands at key position ``i + num_keys - num_queries``.
+An interval mask's own rule is written for a single document of ``num_queries`` queries and ``num_keys`` keys. ``&``
+intersects rules, and :class:`Documents` applies them to each document in that document's own coordinates: packed
+documents attend exactly as each does alone. Where queries and keys differ in number, their ends are aligned per
+document: query ``i`` stands at key position ``i + num_keys - num_queries``.
 """
 
 from __future__ import annotations

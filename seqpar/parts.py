@@ -23,7 +23,8 @@ Boundaries = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stripes:
-    """Of each document's keys, for each KV head of a group, every ``stride``-th block: ``n // block % stride == residue``.
+    """Of each document's keys, for each KV head of a group, every ``stride``-th block: ``n // block % stride`` is its
+    residue.
 
     Packed next to each other they are an ordered set of keys, of which a query sees an interval as of any other.
     """

@@ -245,7 +245,7 @@ class Plan:
     def kv_traffic(
         self, work: Itinerary, elements: int, kv_heads: int, dtype: torch.dtype, rank: int
     ) -> dict[str, Traffic]:
-        """What a pass of K and V and their gradients sends from ``rank``, of ``elements`` in a row of one head of both."""
+        """What a pass of K and V and their gradients sends from ``rank``, of ``elements`` in one head's row of both."""
         moved, returned = (work.messages(rank, grads=grads) for grads in (False, True))
         elements *= 1 if work.single else kv_heads
         kv = sum(moved) * elements * dtype.itemsize

@@ -63,8 +63,8 @@ class Totals:
         segments: by group of heads and its parts, each rank's keys that some query of it sees.
         striped: likewise, the boundaries of documents by which its stripes are counted; None where it has none, or
             where batch rows have their own: a rank then needs every key between.
-        pairs: int64 ``[world]``: each rank's query-key pairs, summed over the mask's batch rows, and over KV heads where
-            they see different keys.
+        pairs: int64 ``[world]``: each rank's query-key pairs, summed over the mask's batch rows, and over KV heads
+            where they see different keys.
         needed: int64 ``[world, world]``, ``needed[reader, owner]``: how many of the owner's rows the reader's queries
             see; rows of all heads, or of one each where heads see different keys.
     """
@@ -200,8 +200,9 @@ def _cut_at(jumps: Tensor, queries: tuple[Positions, ...]) -> Tensor:
     nth = torch.arange(len(run)) - (cuts.cumsum(0) - cuts)[run]
     at = -torch.div(start[run] - jumps[before[run] + nth], step[run], rounding_mode="floor")  # ceil: first at or after
     each = torch.cat([torch.arange(len(start)), run])
-    begins = torch.stack([each, torch.cat([torch.zeros_like(start), at])], 1).unique(dim=0)  # by run, then by place
-    run, place = begins.unbind(1)
+    longest = int(count.max()) if len(count) else 1
+    begins = (each * longest + torch.cat([torch.zeros_like(start), at])).unique()  # by run, then by place
+    run, place = begins.div(longest, rounding_mode="floor"), begins.remainder(longest)
     following = torch.cat([place[1:], place.new_zeros(1)])
     ends = torch.where(torch.cat([run[1:] != run[:-1], run.new_ones(1, dtype=torch.bool)]), count[run], following)
     return torch.stack([reader[run], start[run] + place * step[run], ends - place, step[run]], 1)

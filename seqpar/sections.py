@@ -64,12 +64,27 @@ class Block:
         return section.intervals
 
 
+class Bound:
+    """Bounds int64 ``[rows, T]``, and each row's distinct values, which are few where bounds are steps."""
+
+    def __init__(self, bounds: Tensor) -> None:
+        self.bounds = bounds
+        self._steps: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def steps(self) -> list[tuple[Tensor, Tensor]]:
+        """For each row its distinct values, and which of them each bound is."""
+        if not self._steps:
+            self._steps = [row.unique_consecutive(return_inverse=True) for row in self.bounds]
+        return self._steps
+
+
 class Seen(NamedTuple):
-    """What a rank's queries see in one part: bounds int64 ``[rows, T]``, and the key boundaries of documents, one for all rows or each."""
+    """What a rank's queries see in one part, and the key boundaries of documents, one for all batch rows or each."""
 
     part: Part
-    low: Tensor
-    high: Tensor
+    low: Bound
+    high: Bound
     document_keys: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -78,14 +93,14 @@ class Seen(NamedTuple):
         low, high = part.mask.intervals(queries, length, kv_length)
         shared = striped_keys(part, length, kv_length)
         keys = part.mask.documents_within(length, kv_length).keys if shared is None else (shared,)
-        return cls(part, low, high, keys)
+        return cls(part, Bound(low), Bound(high), keys)
 
 
 class Found(NamedTuple):
     """Keys of one head: global positions, and where they stand among the rows that are there."""
 
     positions: Tensor
-    index: Tensor
+    place: Tensor
 
 
 def block_of_tokens(
@@ -101,8 +116,8 @@ def block_of_tokens(
         for part in parts:
             stripes = part.part.stripes
             if stripes is None:
-                start, end = keys.count_below(part.low), keys.count_below(part.high)
-                intervals = Intervals(*(bound.to(torch.int32).unsqueeze(1) for bound in (start, end)))
+                start, end = (keys.count_below(x.bounds).to(torch.int32).unsqueeze(1) for x in (part.low, part.high))
+                intervals = Intervals(start, end)
                 heads = 1 if group.heads is None else len(group.heads)
                 pairs = int(end.sum() - start.sum()) * heads
                 sections.append(Section(number, Whole(group.heads, kv_heads), intervals, pairs))
@@ -116,49 +131,66 @@ def block_of_tokens(
                 found.append(
                     [Found(keys.tensor[r], r * kv_heads + head) for r, head in zip(rows, group.heads, strict=True)]
                 )
-            sections += _section(number, part, found)
+            sections += section_of(number, part, found)
     return Block(source, len(keys), keys, tuple(sections))
 
 
 def block_of_heads(
-    source: int, positions: Sequence[Tensor], groups: Sequence[HeadGroup], seen: Sequence[Sequence[Seen]]
+    source: int,
+    keys: Positions,
+    wanted: Sequence[Sequence[Tensor]],
+    groups: Sequence[HeadGroup],
+    seen: Sequence[Sequence[Seen]],
 ) -> Block:
-    """Of rows of one head each: ``positions`` of every KV head, one head's after another's."""
-    counts = [len(p) for p in positions]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    arrived = [Found(p, torch.arange(end - len(p), end)) for p, end in zip(positions, ends, strict=True)]
+    """Of rows of one head each: those of the source's ``keys`` that are ``wanted``, one head's after another's."""
+    needed = _any_part(wanted)
+    place = needed.flatten().cumsum(0).view_as(needed) - 1  # of each needed row among all that arrive
     sections = []
     for number, (group, parts) in enumerate(zip(groups, seen, strict=True)):
         assert group.heads is not None, "rows are of heads"
-        of_group = arrived[group.heads.start : group.heads.stop]
-        for part in parts:
-            found = [of_group]
-            if part.part.stripes is not None:
-                stripes, found = part.part.stripes, []
-                for document_keys in part.document_keys:
-                    each = []
-                    for head, (p, index) in enumerate(of_group):
-                        held = stripes.of_heads(slice(head, head + 1)).hold(p, document_keys)[0]
-                        each.append(Found(p[held], index[held]))
-                    found.append(each)
-            sections += _section(number, part, found)
-    return Block(source, sum(counts), None, tuple(sections))
+        places = place[group.heads.start : group.heads.stop]
+        for part, rows in zip(parts, wanted[number], strict=True):
+            if not bool(rows.any()):
+                continue
+            stripes, found = part.part.stripes, []
+            for document_keys in part.document_keys:
+                if stripes is not None and len(part.document_keys) > 1:
+                    rows_here = rows & stripes.hold(keys.tensor, document_keys)
+                else:
+                    rows_here = rows
+                found.append([Found(keys.tensor[r], p[r]) for r, p in zip(rows_here, places, strict=True)])
+            sections += section_of(number, part, found)
+    return Block(source, int(needed.sum()), None, tuple(sections))
 
 
-def needed_by_heads(
-    groups: Sequence[HeadGroup], reached: Totals, reader: int, keys: Positions, kv_heads: int
-) -> list[Tensor]:
-    """Which of an owner's keys each KV head of the reader needs: sorted local indices."""
-    needed = torch.zeros(kv_heads, len(keys), dtype=torch.bool)
+def wanted_rows(groups: Sequence[HeadGroup], reached: Totals, reader: int, keys: Positions) -> list[list[Tensor]]:
+    """Which of an owner's keys the reader's queries see: by group and part, bool ``[heads of the group, T]``.
+
+    Where batch rows have stripes of their own, every key between.
+    """
+    wanted = []
     for group, segments, striped in zip(groups, reached.segments, reached.striped, strict=True):
         assert group.heads is not None, "rows are of heads"
-        rows = needed[group.heads.start : group.heads.stop]
+        rows = []
         for part, theirs, document_keys in zip(group.parts, segments, striped, strict=True):
-            there = inside(theirs[reader], keys.tensor)
+            there = inside(theirs[reader], keys.tensor).expand(len(group.heads), -1)
             if part.stripes is not None and document_keys is not None:
                 there = there & part.stripes.hold(keys.tensor, document_keys)
-            rows |= there
-    return [row.nonzero().squeeze(1) for row in needed]
+            rows.append(there)
+        wanted.append(rows)
+    return wanted
+
+
+def single_rows(wanted: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The rows of one head each that are wanted, one head's after another's; counted token by token."""
+    needed = _any_part(wanted)
+    head, token = needed.nonzero().unbind(1)
+    return token * len(needed) + head
+
+
+def _any_part(wanted: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Wanted by some part: bool ``[KV heads, T]``."""
+    return torch.cat([torch.stack(list(parts)).any(0) for parts in wanted])
 
 
 def marked_final(blocks: Sequence[Block], groups: int) -> tuple[Block, ...]:
@@ -175,7 +207,7 @@ def marked_final(blocks: Sequence[Block], groups: int) -> tuple[Block, ...]:
     return tuple(reversed(marked))
 
 
-def _section(group: int, seen: Seen, found: Sequence[Sequence[Found]]) -> list[Section]:
+def section_of(group: int, seen: Seen, found: Sequence[Sequence[Found]]) -> list[Section]:
     """The section of ``found[row][head]`` keys, if any query sees one; rows where batch rows find different keys."""
     most = max(len(keys.positions) for row in found for keys in row)
     if not most:
@@ -187,18 +219,20 @@ def _section(group: int, seen: Seen, found: Sequence[Sequence[Found]]) -> list[S
     index = torch.zeros(len(found), len(found[0]), most, dtype=torch.int64)
     for row, keys_of_heads in enumerate(found):
         for head, keys in enumerate(keys_of_heads):
-            index[row, head, : len(keys.index)] = keys.index
+            index[row, head, : len(keys.place)] = keys.place
     flat = index.flatten()
     together = len(found) == 1 and bool((flat.diff() == 1).all())
     selection = Span(int(flat[0]), len(found[0]), most) if together else Picked(index)
     return [Section(group, selection, Intervals(start, end), pairs)]
 
 
-def _counted(found: Sequence[Sequence[Found]], bound: Tensor) -> Tensor:
-    """How many of each head's keys stand before each bound ``[rows, T]``: int32 ``[rows, heads, T]``."""
+def _counted(found: Sequence[Sequence[Found]], bound: Bound) -> Tensor:
+    """How many of each head's keys stand before each bound: int32 ``[rows, heads, T]``."""
     counted = []
-    for row in range(max(len(found), len(bound))):
-        values, place = bound[row % len(bound)].unique_consecutive(return_inverse=True)  # few, where bounds are steps
-        below = [torch.searchsorted(keys.positions, values) for keys in found[row % len(found)]]
-        counted.append(torch.stack(below).to(torch.int32)[:, place])
+    for row in range(max(len(found), len(bound.steps))):
+        values, place = bound.steps[row % len(bound.steps)]
+        below = torch.stack(
+            [torch.searchsorted(keys.positions, values, out_int32=True) for keys in found[row % len(found)]]
+        )
+        counted.append(below.index_select(1, place) if len(values) > 1 else below.expand(-1, len(place)))
     return torch.stack(counted)

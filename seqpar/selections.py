@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Selection(ABC):
-    """Takes keys ``[B, R, n, D]`` of ``n`` KV heads out of ``x [B, rows, h, D]``: of all heads in every row, or of one."""
+    """Takes keys ``[B, R, n, D]`` of ``n`` KV heads out of ``x [B, rows, h, D]``, of all heads in a row or one."""
 
     @abstractmethod
     def take(self, x: Tensor) -> Tensor:

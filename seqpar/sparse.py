@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from torch import Tensor
 
@@ -98,13 +98,11 @@ class SparselySharded(Mask):
             if isinstance(term, SparselySharded) and term is not self:
                 raise ValueError(f"{name} & {name}: got two of them, expected one; a key has one stripe")
         for row, key_row in zip(documents.queries, documents.keys, strict=True):
-            for (a, b), (c, d) in zip(
-                zip(row, row[1:], strict=False), zip(key_row, key_row[1:], strict=False), strict=True
-            ):
+            for (a, b), (c, d) in zip(pairwise(row), pairwise(key_row), strict=True):
                 if d - c < b - a:
                     raise ValueError(
-                        f"{name}: got {b - a} queries over {d - c} keys, expected at least as many keys; S2 attention is "
-                        "causal, its last query stands at its last key"
+                        f"{name}: got {b - a} queries over {d - c} keys, expected at least as many keys; S2 attention "
+                        "is causal, its last query stands at its last key"
                     )
         assert kv_heads is not None, "checked before"
         if self.dense_heads > kv_heads:
@@ -114,8 +112,8 @@ class SparselySharded(Mask):
         residues = self.residues(kv_heads)
         if len(residues) != kv_heads - self.dense_heads:
             raise ValueError(
-                f"{name}(offsets=): got {len(residues)} offsets for {kv_heads} KV heads of which {self.dense_heads} are "
-                f"dense, expected {kv_heads - self.dense_heads}, one for each of the others"
+                f"{name}(offsets=): got {len(residues)} offsets for {kv_heads} KV heads of which {self.dense_heads} "
+                f"are dense, expected {kv_heads - self.dense_heads}, one for each of the others"
             )
         missing = sorted(set(range(self.stride)) - set(residues))
         if missing and not self.dense_heads and not self.allow_incomplete:
@@ -123,8 +121,8 @@ class SparselySharded(Mask):
             raise ValueError(
                 f"{name}: {kv_heads} KV heads see the residues {sorted(set(residues))} of stride {self.stride}, and no "
                 f"head sees older blocks of residue {few}, expected every block to be seen by some head; use stride="
-                f"{max(1, len(set(residues)))} or less, offsets that differ, dense_heads=1, or allow_incomplete=True (as "
-                "where other layers are dense)"
+                f"{max(1, len(set(residues)))} or less, offsets that differ, dense_heads=1, or allow_incomplete=True "
+                "(as where other layers are dense)"
             )
 
 
@@ -173,8 +171,8 @@ class PerHead(Mask):
                 )
             if mask.by_head:
                 raise ValueError(
-                    f"PerHead: got {mask!r} for KV head {head}, which differs by head itself, expected a mask that does "
-                    "not; SparselySharded has dense_heads"
+                    f"PerHead: got {mask!r} for KV head {head}, which differs by head itself, expected a mask that "
+                    "does not; SparselySharded has dense_heads"
                 )
 
     @property

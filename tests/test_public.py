@@ -10,6 +10,7 @@ import seqpar.kernels
 def test_public_names() -> None:
     assert set(seqpar.__all__) == {
         *("Full", "Causal", "SlidingWindow", "Documents", "PrefixLM", "Chunked", "Mask"),
+        *("SparselySharded", "SinkWindow", "PerHead", "KVCache"),
         *("plan", "Plan", "Layout", "AllGather", "Auto", "DoubleRing", "Rates", "Ring", "Ulysses"),
         *("attention", "attention_with_lse", "AttentionOutput", "token_mean", "checkpoint_context"),
     }

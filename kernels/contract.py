@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .pieces import Piece, cut_into_pieces, plain_piece
+from .pieces import Piece, cut_into_pieces, cut_jointly, plain_piece
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,9 +68,16 @@ class Intervals:
 
     @cached_property
     def pieces(self) -> list[list[list[Piece]]]:
-        """``pieces[b][h]`` lists the dense rectangles, triangles and ragged tiles that make up the intervals."""
-        start, end = self.start.cpu(), self.end.cpu()
-        return [[cut_into_pieces(s, e) for s, e in zip(*row, strict=True)] for row in zip(start, end, strict=True)]
+        """``pieces[b][h]`` lists the dense rectangles, triangles and ragged tiles that make up the intervals.
+
+        Where heads differ little ``pieces[b]`` has one list, for all of them.
+        """
+        found = []
+        for start, end in zip(self.start.cpu(), self.end.cpu(), strict=True):
+            joint = cut_jointly(start, end) if len(start) > 1 else None
+            each = (cut_into_pieces(s, e) for s, e in zip(start, end, strict=True))
+            found.append(list(each) if joint is None else [joint])
+        return found
 
     @cached_property
     def plain(self) -> Piece | None:

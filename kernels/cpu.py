@@ -68,7 +68,8 @@ class CpuFlash:
         dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (k, v))
         for member in range(group):  # one query head of every KV head at a time: K, V are never expanded
             query, o, do = (x[:, :, member::group].transpose(1, 2) for x in (q, out, dout))
-            gq, gk, gv = _backward(do, query, k, v, o, lse[:, member::group], 0.0, causal, attn_mask=mask, scale=scale)
+            seen = mask if mask is None or mask.dim() == 2 else mask[:, member::group]
+            gq, gk, gv = _backward(do, query, k, v, o, lse[:, member::group], 0.0, causal, attn_mask=seen, scale=scale)
             dq[:, :, member::group] = gq.transpose(1, 2)
             dk += gk
             dv += gv

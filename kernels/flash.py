@@ -55,7 +55,7 @@ class FlashLibrary(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """out and lse. ``mask [Tq, Tk]`` is added to the scaled scores."""
+        """out and lse. ``mask [Tq, Tk]``, or ``[1, H, Tq, Tk]``, is added to the scaled scores."""
 
     def backward(
         self,
@@ -113,11 +113,11 @@ class FlashKernel:
         calls = list(_calls(intervals, shape))
         for call in calls:
             batch, heads, kv_heads, piece, _, _ = call
-            mask = _additive_mask(intervals, call, q.dtype)
+            mask = _additive_mask(intervals, call, shape.heads, q.dtype)
             key, value = (x[batch, piece.keys, kv_heads] for x in (k, v))
             out, lse = library.forward(q[batch, piece.rows, heads], key, value, piece.kind == "causal", scale, mask)
             if mask is not None:  # PyTorch reports an lse of 0 for rows without keys
-                lse = lse.masked_fill(_empty_rows(intervals, call), -torch.inf)
+                lse = lse.masked_fill(_empty_rows(intervals, call, shape.heads), -torch.inf)
             out = out[..., :value_dim]
             if partial is None:
                 if out.shape[:3] == whole.shape[:3]:
@@ -165,7 +165,7 @@ class FlashKernel:
             terms.append((ones, nothing, column))
         for call in _calls(intervals, shape):
             batch, heads, kv_heads, piece, _, _ = call
-            mask = _additive_mask(intervals, call, q.dtype)
+            mask = _additive_mask(intervals, call, shape.heads, q.dtype)
             rows, keys = (batch, piece.rows, heads), (batch, piece.keys, kv_heads)
             for values, outs, douts in terms:
                 gq, gk, gv = library.backward(
@@ -232,26 +232,39 @@ def _pad_to(dim: int, x: Tensor) -> Tensor:
     return x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1]))
 
 
-def _additive_mask(intervals: Intervals, call: _Call, dtype: torch.dtype) -> Tensor | None:
-    """0 for the pairs of a masked piece that are in the intervals, ``-inf`` for the others, ``[rows, keys]``."""
+def _additive_mask(intervals: Intervals, call: _Call, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """0 for the pairs of a masked piece that are in the intervals, ``-inf`` for the others.
+
+    ``[rows, keys]``, or ``[1, H, rows, keys]`` where heads differ.
+    """
     piece = call.piece
     if piece.kind != "masked":
         return None
-    bounds = (x[call.b, call.h, piece.rows] - piece.keys.start for x in (intervals.start, intervals.end))
+    bounds = (x - piece.keys.start for x in _bounds(intervals, call))
     start, end = (bound.numpy().tobytes() for bound in bounds)
-    return _mask_of(start, end, piece.keys.stop - piece.keys.start, dtype)
+    mask = _mask_of(start, end, piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start, dtype)
+    return mask[0] if len(mask) == 1 else mask.repeat_interleave(heads // len(mask), 0).unsqueeze(0)
 
 
-def _empty_rows(intervals: Intervals, call: _Call) -> Tensor:
-    """The rows of a masked piece that see none of its keys, ``[rows]``."""
+def _empty_rows(intervals: Intervals, call: _Call, heads: int) -> Tensor:
+    """The rows of a masked piece that see none of its keys, ``[H|1, rows]``."""
     piece = call.piece
-    start, end = (x[call.b, call.h, piece.rows] for x in (intervals.start, intervals.end))
+    start, end = (x.repeat_interleave(heads // len(x), 0) if len(x) > 1 else x for x in _bounds(intervals, call))
     return end.clamp(max=piece.keys.stop) <= start.clamp(min=piece.keys.start)
 
 
+def _bounds(intervals: Intervals, call: _Call) -> tuple[Tensor, Tensor]:
+    """The intervals ``[G, rows]`` of a call's rows: of its heads, or of all where their pieces were cut jointly."""
+    together = len(intervals.pieces[call.b]) == 1
+    heads = slice(None) if together else slice(call.h, call.h + 1)
+    start, end = (x[call.b, heads, call.piece.rows] for x in (intervals.start, intervals.end))
+    return start, end
+
+
 @lru_cache(maxsize=8)
-def _mask_of(start: bytes, end: bytes, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """The tiles along a window have all the same mask, which takes longer to build than to use."""
-    low, high = (torch.frombuffer(bytearray(x), dtype=torch.int32).unsqueeze(1) for x in (start, end))
+def _mask_of(start: bytes, end: bytes, rows: int, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """``[G, rows, keys]``. The tiles along a window have all the same mask, which takes longer to build than to use."""
+    low, high = (torch.frombuffer(bytearray(x), dtype=torch.int32).view(-1, rows, 1) for x in (start, end))
     key = torch.arange(num_keys, dtype=torch.int32)
-    return torch.zeros(len(low), num_keys, dtype=dtype).masked_fill_((key < low) | (key >= high), -torch.inf)
+    hidden = (key < low) | (key >= high)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)

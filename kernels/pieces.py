@@ -16,6 +16,7 @@ from torch import Tensor
 TILE_ROWS = 192
 CALL_PAIRS = 1024  # a kernel call costs about as much as this many query-key pairs
 KEY_PAIRS = 40  # and as this many for each of its keys, whose dK and dV it clears and adds to others
+JOINTLY = 1.1  # so much more may be computed in calls for all heads than in those of each
 MASKED_PAIRS = 1 << 20  # the largest mask worth building: beyond it, only ragged edges are masked
 
 
@@ -34,24 +35,55 @@ def cut_into_pieces(start: Tensor, end: Tensor) -> list[Piece]:
         return []
     lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
     pieces: list[Piece] = []
-    for rows, joined in _join_short_runs(lo, hi, _linear_runs(lo, hi)):
+    for rows, joined in _join_short_runs(lo, hi, _linear_runs(np.stack([lo, hi]))):
         pieces += _cut_run(lo, hi, rows, joined)
     return pieces
+
+
+def cut_jointly(start: Tensor, end: Tensor) -> list[Piece] | None:
+    """Pieces that hold the pairs of heads whose intervals differ little; None where each is better cut by itself.
+
+    ``start, end [heads, Tq]``: rectangles that all heads see, and edges under a mask for each of them. Few calls for
+    all heads keep all threads busy; PyTorch's backward gives each head to one.
+    """
+    lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
+    bounds = np.stack([lo.min(0), lo.max(0), hi.min(0), hi.max(0)])
+    pieces: list[Piece] = []
+    cost = 0
+    for rows in _join_steps(_linear_runs(bounds)):
+        first, inner_first, inner_last, last = (int(x) for x in _envelope(bounds[:, rows]))
+        inner = Piece(rows, slice(inner_first, inner_last), "full", True)
+        edges = (
+            [slice(first, inner_first), slice(inner_last, last)] if inner_first < inner_last else [slice(first, last)]
+        )
+        found = [inner] if inner_first < inner_last else []
+        for edge in edges:
+            if edge.start < edge.stop:
+                if (rows.stop - rows.start) * (edge.stop - edge.start) * len(lo) > MASKED_PAIRS:
+                    return None
+                found.append(Piece(rows, edge, "masked", not found))
+        cost += sum((_cost([piece]) - CALL_PAIRS) * len(lo) + CALL_PAIRS for piece in found)
+        pieces += found
+    apart = sum(_cost(cut_into_pieces(s, e)) for s, e in zip(start, end, strict=True))
+    return pieces if cost <= JOINTLY * apart else None
 
 
 def plain_piece(start: Tensor, end: Tensor) -> Piece | None:
     """The rectangle or triangle that holds exactly the pairs ``start[i] <= j < end[i]``, or None."""
     lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
-    runs = _linear_runs(lo, hi) if len(lo) else []
+    runs = _linear_runs(np.stack([lo, hi])) if len(lo) else []
     if len(runs) != 1 or lo[runs[0].start] != lo[runs[0].stop - 1]:
         return None
     pieces = _cut_run(lo, hi, runs[0], joined=False)
     return pieces[0] if len(pieces) == 1 else None
 
 
-def _linear_runs(lo: np.ndarray, hi: np.ndarray) -> list[slice]:
-    """Runs of queries along which both bounds grow by 0 or by 1 per query, steadily; runs without keys are left out."""
-    steps = np.stack([np.diff(lo), np.diff(hi)])
+def _linear_runs(bounds: np.ndarray) -> list[slice]:
+    """Runs of queries along which all bounds ``[n, Tq]`` grow by 0 or by 1 per query, steadily.
+
+    The first is the least and the last the greatest; runs without keys are left out.
+    """
+    lo, hi, steps = bounds[0], bounds[-1], np.diff(bounds, axis=1)
     jump = np.any((steps < 0) | (steps > 1), axis=0)
     bend = np.zeros_like(jump)
     bend[1:] = np.any(steps[:, 1:] != steps[:, :-1], axis=0) & ~jump[1:] & ~jump[:-1]
@@ -60,6 +92,23 @@ def _linear_runs(lo: np.ndarray, hi: np.ndarray) -> list[slice]:
     bounds = np.append(first, len(lo))
     holds_pairs = np.maximum((hi - lo)[bounds[:-1]], (hi - lo)[bounds[1:] - 1]) > 0  # linear: largest at an end
     return [slice(a, b) for a, b in zip(bounds[:-1][holds_pairs], bounds[1:][holds_pairs], strict=True)]
+
+
+def _join_steps(runs: list[slice]) -> list[slice]:
+    """Runs that are shorter than a tile joined to the one before, if they follow it."""
+    joined: list[slice] = []
+    for run in runs:
+        if joined and run.stop - run.start < TILE_ROWS and joined[-1].stop == run.start:
+            joined[-1] = slice(joined[-1].start, run.stop)
+        else:
+            joined.append(run)
+    return joined
+
+
+def _envelope(bounds: np.ndarray) -> tuple[int, int, int, int]:
+    """Of rows of a tile: the first key that any sees, the first that all see, the last that all see, and that any."""
+    least, latest, soonest, greatest = bounds
+    return least[0], latest[-1], soonest[0], greatest[-1]
 
 
 def _join_short_runs(lo: np.ndarray, hi: np.ndarray, runs: list[slice]) -> list[tuple[slice, bool]]:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from .config import OptionError, TrainConfig
 from .data import find_documents
@@ -20,12 +21,18 @@ from .manifest import last_whole, step_of
 from .outputs import CHECKPOINTS, default_out, prepare
 from .spawn import Place, alone, child_place, run_ranks, torchrun_place
 
+if TYPE_CHECKING:
+    from .picture import PictureConfig
+
+_Config = TypeVar("_Config", TrainConfig, "PictureConfig")
+
 USAGE = """usage: seqpar COMMAND [OPTIONS]
 
 Attention over sequences that are split over ranks.
 
 commands:
   train    train a language model on real text, with every sequence split over ranks
+  picture  draw a sparsely-sharded mask, and what each rank sends to whom under it
 
 `seqpar COMMAND --help` lists a command's options; `seqpar --version` prints the version."""
 
@@ -50,17 +57,19 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"seqpar {version('seqpar')}")
         return 0
-    if command != "train":
-        return _report("seqpar", ValueError(f"unknown command {command!r}; expected train: see seqpar --help"))
+    commands = {"train": _train, "picture": _picture}
+    if command not in commands:
+        expected = " or ".join(commands)
+        return _report("seqpar", ValueError(f"unknown command {command!r}; expected {expected}: see seqpar --help"))
     debug = "--debug" in rest
     try:
-        return _train(rest)
+        return commands[command](rest)
     except KeyboardInterrupt:
-        return _report("seqpar train", RunError("interrupted"))
+        return _report(f"seqpar {command}", RunError("interrupted"))
     except BrokenPipeError:
         raise
     except Exception as error:
-        return _report("seqpar train", error, debug)
+        return _report(f"seqpar {command}", error, debug)
 
 
 def child() -> int:
@@ -71,30 +80,32 @@ def child() -> int:
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     """The configuration that these options of `seqpar train` make. Raises ValueError in one line for wrong ones."""
+    return _parse(TrainConfig, "seqpar train", argv)
+
+
+def _parse(kind: type[_Config], command: str, argv: Sequence[str]) -> _Config:
     import tyro
 
-    _refuse_unknown(argv)
+    _refuse_unknown(kind, command, argv)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                TrainConfig, prog="seqpar train", args=argv, config=(tyro.conf.FlagCreatePairsOff,), compact_help=False
-            )
+            return tyro.cli(kind, prog=command, args=argv, config=(tyro.conf.FlagCreatePairsOff,), compact_help=False)
     except SystemExit as stop:
         if not stop.code:
             raise
         if isinstance(stop.__context__, OptionError):
             raise stop.__context__ from None
-        raise ValueError(_first_part(complaint.getvalue()) + "; see seqpar train --help") from None
+        raise ValueError(_first_part(complaint.getvalue()) + f"; see {command} --help") from None
 
 
-def _refuse_unknown(argv: Sequence[str]) -> None:
-    known = ["--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig))]
+def _refuse_unknown(kind: type[_Config], command: str, argv: Sequence[str]) -> None:
+    known = ["--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind))]
     for argument in argv:
         option = argument.split("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known:
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]}?" if near else "see seqpar train --help"
+            remedy = f"did you mean {near[0]}?" if near else f"see {command} --help"
             raise ValueError(f"unknown option {argument.split('=')[0]}; {remedy}")
 
 
@@ -108,6 +119,13 @@ def _first_part(box: str) -> str:
         if line.startswith("│"):
             words.append(inside)
     return " ".join(words) or " ".join(box.split())
+
+
+def _picture(argv: Sequence[str]) -> int:
+    from .picture import PictureConfig, draw
+
+    print(draw(_parse(PictureConfig, "seqpar picture", argv)))
+    return 0
 
 
 def _train(argv: Sequence[str]) -> int:

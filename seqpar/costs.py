@@ -197,10 +197,12 @@ def load(intervals: Intervals, device: str) -> tuple[int, int]:
     """
     if device != "cpu":
         return int((intervals.end - intervals.start).sum()), 1
-    pieces = [piece for row in intervals.pieces for head in row for piece in head]
+    pieces = [
+        (piece, intervals.start.shape[1] // len(row)) for row in intervals.pieces for head in row for piece in head
+    ]
     pairs = 0
-    for piece in pieces:
+    for piece, alike in pieces:
         rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
         hidden = rows * max(0, rows - CPU_TILE) // 2 if piece.kind == "causal" else 0
-        pairs += rows * keys - hidden
-    return pairs, len(pieces) + MASK_CALLS * sum(piece.kind == "masked" for piece in pieces)
+        pairs += (rows * keys - hidden) * alike
+    return pairs, len(pieces) + MASK_CALLS * sum(piece.kind == "masked" for piece, _ in pieces)

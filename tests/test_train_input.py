@@ -96,7 +96,10 @@ def test_ranks_that_were_told_different_things_all_say_so(folder: Path) -> None:
 
 def test_an_unknown_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert capfd.readouterr().err == "seqpar: error: unknown command 'trian'; expected train: see seqpar --help\n"
+    assert (
+        capfd.readouterr().err
+        == "seqpar: error: unknown command 'trian'; expected train or picture: see seqpar --help\n"
+    )
 
 
 def test_help_names_every_option(capfd: pytest.CaptureFixture[str]) -> None:

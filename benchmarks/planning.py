@@ -12,20 +12,20 @@ import seqpar
 from seqpar import layouts
 from seqpar.choosing import layouts_to_try, schedules_to_try, work_of
 from seqpar.costs import Call, cost
-from seqpar.itinerary import busiest_rows, itinerary, totals
+from seqpar.itinerary import busiest_rows, itinerary, reach_of
 from seqpar.layouts import resolve_layout
 
 RUNS = 7
 EVEN_LAYOUTS = ("contiguous", "zigzag", "document_zigzag", "balanced")
 
 
-def milliseconds(mask: seqpar.Mask, layout: str, length: int, world: int) -> float:
+def milliseconds(mask: seqpar.Mask, layout: str, length: int, world: int, kv_heads: int | None = None) -> float:
     """The median of several ranks' first plans, none of them cached."""
     seconds = []
     for rank in range(RUNS + 1):
         forget()
         begin = time.process_time()
-        itinerary(mask, layout, seqpar.Ring(), length, length, world, rank)
+        itinerary(mask, layout, seqpar.Ring(), length, length, world, rank, kv_heads)
         seconds.append(time.process_time() - begin)
     return median(seconds[1:]) * 1e3
 
@@ -45,7 +45,7 @@ def evenness(name: str, mask: seqpar.Mask, length: int, world: int) -> dict[str,
 
 def forget() -> None:
     """Whatever is kept of earlier plans."""
-    for cached in (itinerary, totals, layouts.holds_each_once, layouts.merged):
+    for cached in (itinerary, reach_of, layouts.holds_each_once, layouts.merged):
         cached.cache_clear()
 
 
@@ -88,6 +88,12 @@ def main() -> None:
             costs["dealing balanced"] = dealing(mask, length, world)
             costs["comparing for auto"] = comparing(mask, length, world)
             rows.append({"tokens": length, "ranks": world, "mask": name, **costs})
+        sparse = seqpar.SparselySharded(64, 16, 8)
+        costs = {
+            layout: milliseconds(sparse, layout, length, world, 8) for layout in ("zigzag", "contiguous", "striped")
+        }
+        others = dict.fromkeys(("dealing balanced", "comparing for auto"), float("nan"))
+        rows.append({"tokens": length, "ranks": world, "mask": "S2, 8 KV heads", **costs, **others})
     even = [
         evenness(name, mask, length, world)
         for length, world in ((131_072, 8), (1_048_576, 64))

@@ -76,7 +76,7 @@ def draw(config: PictureConfig) -> str:
     heads = [*range(shown - 1), config.heads - 1]  # the last ones may be dense
     for place, head in enumerate(heads):
         axis = figure.add_subplot(grid[place // columns, place % columns])
-        axis.imshow(_blocks(config, work, head), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+        axis.imshow(_blocks(config, work, head).numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         axis.set_title(f"KV head {head}", fontsize=9)
         axis.set(xticks=[], yticks=[])
     some = f"the first {BLOCKS_SHOWN} " if config.length > BLOCKS_SHOWN * config.block else ""

@@ -144,6 +144,31 @@ def test_what_would_change_the_result_is_refused(given: dict[str, Any], expected
     assert expected in str(raised.value)
 
 
+def test_layers_with_plans_of_their_own() -> None:
+    """A dense layer and a sparsely-sharded one, against the model's own attention under the same masks."""
+    model = _model("llama")
+    tokens = torch.arange(LENGTH)[None] % SHAPE["vocab_size"]
+    sparse = seqpar.plan(seqpar.SparselySharded(16, 1, 2), length=LENGTH, heads=(6, 2))
+    dense = seqpar.plan(seqpar.Causal(), length=LENGTH, heads=(6, 2))
+    query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    heads = [(key <= query) & ((query // 16 == key // 16) | (key // 16 % 2 == head)) for head in range(2)]
+    mask = torch.stack(heads).repeat_interleave(3, 0)[None]
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _, args, given: (args, {**given, "attention_mask": mask}), with_kwargs=True
+    )
+    expected = model(tokens).logits
+    register()
+    model.model.layers[1]._forward_pre_hooks.clear()
+    model.set_attn_implementation("seqpar")
+    ids = dense.position_ids
+    got = model(tokens, position_ids=ids, use_cache=False, seqpar_plan=[dense, sparse]).logits
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    other = model(tokens, position_ids=ids, use_cache=False, seqpar_plan=[dense, dense]).logits
+    assert (other - expected).norm() > 1e-3 * expected.norm()
+    with pytest.raises(ValueError, match="got 3 plans for a model of 2 layers, expected one for each layer"):
+        model(tokens, position_ids=ids, use_cache=False, seqpar_plan=[dense] * 3)
+
+
 def test_a_window_of_the_plan_or_longer_than_it_is_accepted() -> None:
     query, key = torch.randn(1, 6, LENGTH, 16), torch.randn(1, 2, LENGTH, 16)
     window = seqpar.SlidingWindow(7, 0)

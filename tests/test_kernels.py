@@ -260,6 +260,40 @@ def test_pieces_cover_the_blocks_of_every_mask_once() -> None:
     check()
 
 
+@pytest.mark.usefixtures("sizes")
+def test_pieces_of_heads_together_cover_each_head_s_intervals_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "JOINTLY", 1e9)  # whatever it costs
+
+    @given(st.lists(bounds, min_size=2, max_size=4), st.integers(1, 12))
+    def check(heads: list[list[tuple[int, int]]], queries: int) -> None:
+        both = [zip(*(head * queries)[:queries], strict=True) for head in heads]
+        lo, hi = zip(*[[torch.tensor(sorted(x), dtype=torch.int32) for x in head] for head in both], strict=True)
+        start, end = torch.stack(lo), torch.maximum(torch.stack(lo), torch.stack(hi))
+        found = pieces.cut_jointly(start, end)
+        if found is None:
+            return
+        key = torch.arange(int(end.max()))
+        for one_start, one_end in zip(start, end, strict=True):
+            inside = ((key >= one_start.unsqueeze(1)) & (key < one_end.unsqueeze(1))).int()
+            covered, begun = torch.zeros_like(inside), np.zeros(len(inside), dtype=bool)
+            for piece in found:
+                covered[piece.rows, piece.keys] += 1 if piece.kind == "full" else inside[piece.rows, piece.keys]
+                assert not (piece.first and begun[piece.rows].any()), "an earlier piece holds these rows"
+                begun[piece.rows] = True
+            assert torch.equal(covered, inside)
+
+    check()
+
+
+def test_stripes_of_all_heads_are_cut_together() -> None:
+    """Thirty calls for sixteen heads, where each by itself would take as many."""
+    work = itinerary(seqpar.SparselySharded(64, 16, 16), "contiguous", Ring(), 16_384, 16_384, 1, 0, 16)
+    band, stripes = work.blocks[0].sections
+    assert len(stripes.intervals.pieces[0]) == 1
+    assert len(stripes.intervals.pieces[0][0]) < 40
+    assert max(p.rows.stop - p.rows.start for p in band.intervals.pieces[0][0][1:]) == pieces.TILE_ROWS
+
+
 def every_piece(mask: Mask, length: int, layout: str = "zigzag", world: int = 4) -> list[pieces.Piece]:
     """The pieces of every block of every rank."""
     ranks = [itinerary(mask, layout, Ring(), length, length, world, rank) for rank in range(world)]

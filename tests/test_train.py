@@ -51,6 +51,11 @@ def runs(folder: Path) -> dict[str, Finished]:
     wanted["auto"] = run("auto", 2, "--schedule", "auto", "--layout", "auto")
     wanted["ulysses"] = run("ulysses", 3, "--schedule", "ulysses", "--layout", "balanced")
     wanted["window"] = run("window", 3, "--mask", "window", "--window", 50, "--verify")
+    sparse = ("--mask", "s2", "--s2-block", 16, "--s2-local", 1, "--verify")
+    wanted["s2"] = run("s2", 3, *sparse)
+    wanted["s2 and dense"] = run(
+        "s2 and dense", 2, *sparse, "--s2-dense-heads", 1, "--s2-stride", 3, "--s2-dense-layers", 0
+    )
     return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "first"), strict=True))
 
 
@@ -141,7 +146,7 @@ def test_the_loss_falls(folder: Path, runs: dict[str, Finished]) -> None:
     assert last < 4
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "window"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "window", "s2", "s2 and dense"])
 def test_the_first_step_equals_the_unsharded_one(name: str, folder: Path, runs: dict[str, Finished]) -> None:
     verified = metrics(folder / name)[0]["verified"]
     assert verified["loss_difference"] < 1e-6

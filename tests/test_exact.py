@@ -183,6 +183,9 @@ def test_head_shapes_of_the_field(heads: tuple[int, int], dims: tuple[int, int])
         ("documents", "striped", "ulysses", 3),
         ("window", "zigzag", "hybrid", 4),
         ("causal", "explicit", "double_ring", 4),
+        ("s2_documents", "explicit", "direct", 3),
+        ("s2", "zigzag", "hybrid", 4),
+        ("streaming_heads", "zigzag", "direct", 2),
     ],
 )
 def test_processes_give_what_threads_give_bit_for_bit(

@@ -115,6 +115,25 @@ def test_masks_of_plans(mask: str, kernel: str) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize(
+    "mask",
+    [seqpar.SparselySharded(64, 2, 4), seqpar.SparselySharded(64, 1, 3, dense_heads=1), seqpar.SinkWindow(20, 100)],
+    ids=str,
+)
+def test_masks_of_several_parts(mask: seqpar.Mask, kernel: str) -> None:
+    """Band and stripes, one continuing the other, against the reference kernel in fp64."""
+    q, dout = (normal(2, 1003, 8, 128, seed=seed) for seed in (0, 3))
+    k, v = (normal(2, 1003, 4, 128, seed=seed) for seed in (1, 2))
+    plan, results = seqpar.plan(mask, length=1003, heads=(8, 4)), {}
+    for name, dtype in ((kernel, torch.bfloat16), ("reference", torch.float64)):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        out = seqpar.attention(*leaves, plan, kernel=name)
+        results[name] = [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+    for got, right in zip(results[kernel], results["reference"], strict=True):
+        assert relative(got, right) <= 1.5e-2
+
+
+@BOTH
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_bf16_is_as_accurate_as_pytorchs(mask: str, heads: tuple[int, int], kernel: str) -> None:

@@ -80,6 +80,13 @@ def resumed(folder: Path, runs: dict[str, Finished]) -> dict[str, Finished]:
         "data": attempt("data", "--data", folder / "other data"),
         "model head_dim": attempt("model head_dim", "--preset", "small"),
     }
+    begun = ("--mask", "s2", "--s2-block", 16, "--s2-local", 2, "--init")
+    others = {
+        "weights of another": _options(folder / "data", folder / "s2 from dense", *begun, folder / "2", "--steps", 2),
+        "weights of another shape": _options(
+            folder / "data", folder / "s2 from small", "--preset", "small", *begun, folder / "2"
+        ),
+    }
     with once(folder / "interrupted") as first:
         for name in wanted if first else ():
             _interrupt(
@@ -87,6 +94,7 @@ def resumed(folder: Path, runs: dict[str, Finished]) -> dict[str, Finished]:
                 folder / f"resumed {name}",
                 truncate={"truncated": 1, "only one kept": 1, "all truncated": 2}.get(name),
             )
+    wanted |= {name: Run(ranks=2, options=tuple(options)) for name, options in others.items()}
     return dict(zip(wanted, fork_ranks(list(wanted.values()), folder / "second"), strict=True))
 
 
@@ -152,6 +160,17 @@ def test_the_first_step_equals_the_unsharded_one(name: str, folder: Path, runs: 
     assert verified["loss_difference"] < 1e-6
     assert verified["gradient_difference"] < 1e-5
     assert "passed: largest of 21 gradients" in runs[name].output
+
+
+def test_a_run_begins_with_the_weights_of_another(folder: Path, resumed: dict[str, Finished]) -> None:
+    """A dense model goes on sparsely-sharded: its first loss is near the dense run's last, not that of random weights."""
+    assert resumed["weights of another"].codes == [0, 0], resumed["weights of another"].output
+    (first, *_), dense = losses(folder / "s2 from dense"), losses(folder / "2")
+    assert abs(first - dense[-1]) < 0.2 * (dense[0] - dense[-1])
+    run = resumed["weights of another shape"]
+    assert set(run.codes) == {2}
+    assert "was made with model" in run.output
+    assert "expected the same" in run.output
 
 
 def test_metrics_name_bytes_memory_and_speed(folder: Path, runs: dict[str, Finished]) -> None:

@@ -9,7 +9,7 @@ from measuring import median, show, write
 from schedules import GPU, documents
 
 import seqpar
-from seqpar import layouts
+from seqpar import layouts, parts
 from seqpar.choosing import layouts_to_try, schedules_to_try, work_of
 from seqpar.costs import Call, cost
 from seqpar.itinerary import busiest_rows, itinerary, reach_of
@@ -45,7 +45,7 @@ def evenness(name: str, mask: seqpar.Mask, length: int, world: int) -> dict[str,
 
 def forget() -> None:
     """Whatever is kept of earlier plans."""
-    for cached in (itinerary, reach_of, layouts.holds_each_once, layouts.merged):
+    for cached in (itinerary, reach_of, parts._below_runs, layouts.holds_each_once, layouts.merged):
         cached.cache_clear()
 
 

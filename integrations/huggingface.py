@@ -78,10 +78,11 @@ def attention_forward(
     mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises
     ValueError for anything else that would change the result: nothing is dropped.
     """
+    layers: Sequence[Any] = ()
     if isinstance(seqpar_plan, Mapping):
-        seqpar_plan = seqpar_plan.get(sliding_window)
+        layers, seqpar_plan = list(seqpar_plan.values()), seqpar_plan.get(sliding_window)
     elif isinstance(seqpar_plan, Sequence):
-        seqpar_plan = _of_layer(seqpar_plan, module)
+        layers, seqpar_plan = seqpar_plan, _of_layer(seqpar_plan, module)
     if seqpar_plan is None:
         where = f" for layers with sliding_window={sliding_window}" if sliding_window is not None else ""
         raise ValueError(f"seqpar attention got no plan{where}; expected one: call model(..., seqpar_plan=plan)")
@@ -101,7 +102,7 @@ def attention_forward(
         if given is not None and given is not False and name not in _BYSTANDERS:
             raise ValueError(_unexpected(name, _short(given), "leave it out, or use another attn_implementation"))
     if getattr(module, "layer_idx", 0) == 0:
-        _check_model(getattr(module, "config", None), seqpar_plan, position_ids)
+        _check_model(getattr(module, "config", None), seqpar_plan, layers, position_ids)
     out = seqpar.attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seqpar_plan, scale=scaling, sinks=s_aux
     )
@@ -114,9 +115,15 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-def _check_model(config: Any, plan: seqpar.Plan, position_ids: Tensor | None) -> None:
+def _check_model(config: Any, plan: seqpar.Plan, plans: Sequence[Any], position_ids: Tensor | None) -> None:
     """Raise ValueError, on every rank, where a model would mix or place tokens as if a rank's were all there are."""
     try:
+        for other in plans:
+            if other is not None and other.layout is not plan.layout and other.layout != plan.layout:
+                raise ValueError(
+                    f"seqpar attention got plans of {plan.layout} and of {other.layout} for the layers of a model, "
+                    "whose tokens stay where they are, expected one layout: give the others layout=first.layout"
+                )
         if plan.kv_length == plan.length and position_ids is not None:
             expected = plan.position_ids.to(position_ids.device)
             if position_ids.shape[-1:] != expected.shape[-1:] or bool((position_ids != expected).any()):

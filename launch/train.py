@@ -49,6 +49,7 @@ def run(config: TrainConfig, place: Place) -> None:
     with connected(config, place) as ranks:
         out = Path(ranks.on_rank0(lambda: str(prepare(config))))
         options = {name: value for name, value in config.as_dict().items() if name not in _OF_ONE_RANK}
+        options["init"] = "given" if config.init else "not given"  # ranks load together
         try:
             text, corpus, shape = _read(config)
         except ValueError as error:  # the other ranks must hear of it

@@ -28,8 +28,7 @@ def balanced(
 
     Work is the number of query-key pairs that the mask's ``groups`` of heads see. From chunks dealt in order, and from
     chunks dealt from both ends (zigzag), the busiest rank swaps one of its chunks with another rank's, as long as that
-    helps; the dealing
-    whose busiest rank then moves the fewest rows is taken, unless the other is clearly more even.
+    helps; the dealing whose busiest rank then moves the fewest rows is taken, unless the other is clearly more even.
     """
     chunks = tuple(Positions.runs([(first, min(chunk, length - first), 1)]) for first in range(0, length, chunk))
     work = totals(groups, chunks, (), length, kv_length).pairs.numpy().astype(np.float64)

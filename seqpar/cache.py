@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from seqpar.kernels import Partial, kernel_named
 
 from .masks import Mask, check_int
 from .parts import HeadGroup, Part
-from .sections import Bound, Found, Seen, section_of
+from .sections import Bound, Found, Section, Seen, section_of
 from .validation import HeadShape
 
 NEVER = 1 << 40  # a position that no text reaches
@@ -25,7 +28,8 @@ class KVCache:
 
     A causal head keeps everything; one with a window, the window; a sparsely-sharded one, its band and its stripes:
     after ``i`` blocks ``local_blocks + (i - local_blocks) / stride`` pages. Results are those of the whole sequence at
-    once, also where several tokens are appended at a time.
+    once, also where several tokens are appended at a time. A long prompt is best appended some thousand tokens at a
+    time: what later ones can't see is freed in between, and memory that was needed once is kept.
 
     Args:
         mask: as for :func:`seqpar.plan`, without documents: a cache holds one document (per batch row, of one length).
@@ -49,13 +53,17 @@ class KVCache:
         device: torch.device | str = "cpu",
         page: int | None = None,
     ) -> None:
-        shape = HeadShape.of(heads, head_dim, dtype)
-        assert shape.heads is not None, "heads are given"
-        assert shape.head_dim is not None, "head_dim is given"
         if not isinstance(mask, Mask):
             raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
         if mask.documents is not None:
             raise ValueError(f"KVCache: got {mask!r}, expected a mask without documents; give each its own cache")
+        shape = HeadShape.of(heads, head_dim, dtype)
+        for name, value in (("heads", shape.heads), ("head_dim", shape.head_dim), ("dtype", dtype)):
+            if value is None:
+                raise ValueError(f"{name}: got None, expected what the cache is to hold")
+        assert shape.heads is not None, "checked just now"
+        assert shape.head_dim is not None, "checked just now"
+        check_int("batch", batch, least=1, remedy="it is a number of rows")
         self.heads, self.kv_heads = shape.heads
         mask.check(1, 1, self.kv_heads)
         every = range(self.kv_heads)
@@ -66,7 +74,13 @@ class KVCache:
             raise ValueError(f"page: got {page}, expected {self.page}, the mask's block; leave it out")
         check_int("page", self.page, least=1, remedy="it is a number of tokens")
         self.length = 0
-        self._last = [[_last_seen(part) for part in group.parts] for group in self._groups]
+        self._last = [[_limits(part, NEVER - 1)[1] for part in group.parts] for group in self._groups]
+        for group in self._groups:
+            if any(_limits(part, 0)[1] > 1 for part in group.parts):
+                raise ValueError(
+                    f"KVCache: got {mask!r}, under which queries see later keys, expected a causal mask; write "
+                    "mask & seqpar.Causal()"
+                )
         dim, value_dim = shape.head_dim
         self._k = torch.zeros(batch, 0, 1, dim, dtype=dtype, device=device)  # rows of one head each, page after page
         self._v = torch.zeros(batch, 0, 1, value_dim, dtype=dtype, device=device)
@@ -100,32 +114,51 @@ class KVCache:
         Raises:
             ValueError: for other shapes, dtypes or devices than the cache's; it is then as it was.
         """
-        self._check(q, k, v)
-        first, backend = self.length, kernel_named(kernel)
-        backend.check(q, k, v, [])
+        self._check(q, k, v, scale)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self._append(k, v)
-        queries, outs = torch.arange(first, self.length), []
-        for number, group in enumerate(self._groups):
+        backend, count, pages = kernel_named(kernel), k.shape[1], self._pages.shape[1]
+        self._reserve(count)
+        calls = self._calls(count)
+        try:
+            backend.check(q, k, v, [section.intervals for sections in calls for section in sections])
+        except ValueError:
+            self._free += self._pages[:, pages:].flatten().tolist()
+            self.length, self._pages = self.length - count, self._pages[:, :pages]
+            raise
+        self._write(k, v)
+        outs = []
+        for group, sections in zip(self._groups, calls, strict=True):
             assert group.heads is not None, "groups are of heads here"
             each = self.heads // self.kv_heads
             mine = q[:, :, group.heads.start * each : group.heads.stop * each]
             partial: Partial | None = None
-            for part in group.parts:
-                low, high = _bounds(part, queries, self.length)
-                seen = Seen(part, Bound(low), Bound(high), ((0, self.length),))
-                for section in section_of(number, seen, [self._found(group, part, seen)]):
-                    key, value = (section.keys.take(x) for x in (self._k, self._v))
-                    partial = backend.forward(mine, key, value, section.intervals, scale, partial)
+            for section in sections:
+                key, value = (section.keys.take(x) for x in (self._k, self._v))
+                partial = backend.forward(mine, key, value, section.intervals, scale, partial)
             outs.append((partial or Partial.empty(mine, v.shape[-1])).out)
         self._release()
         return torch.cat(outs, 2).to(q.dtype)
 
+    def _calls(self, count: int) -> list[list[Section]]:
+        """For each group of heads, the kernel calls of the last ``count`` tokens' queries."""
+        queries, calls = torch.arange(self.length - count, self.length), []
+        for number, group in enumerate(self._groups):
+            sections: list[Section] = []
+            for part in group.parts:
+                low, high = part.mask.intervals(queries, self.length, self.length)
+                if not bool((high > low).any()):
+                    continue
+                seen = Seen(part, Bound(low), Bound(high), ((0, self.length),))
+                sections += section_of(number, seen, [self._found(group, part, seen)], of_one_head=True)
+            calls.append(sections)
+        return calls
+
     def _found(self, group: HeadGroup, part: Part, seen: Seen) -> list[Found]:
         """The group's keys in a part that are held and that some query sees, and where they are."""
         assert group.heads is not None, "groups are of heads here"
-        low, high = int(seen.low.bounds.min()), int(seen.high.bounds.max())
-        places = torch.arange(low // self.page, -(-max(low, high) // self.page))
+        sees = seen.high.bounds > seen.low.bounds
+        low, high = int(seen.low.bounds[sees].min()), int(seen.high.bounds[sees].max())
+        places = torch.arange(low // self.page, -(-high // self.page))
         found = []
         for number, head in enumerate(group.heads):
             mine = places
@@ -136,20 +169,24 @@ class KVCache:
                 for x in (mine, self._pages[head, mine])
             )
             within = (positions >= low) & (positions < high)
+            assert bool((rows[within] >= 0).all()), "a page was freed that is still seen"
             found.append(Found(positions[within], rows[within]))
         return found
 
-    def _append(self, k: Tensor, v: Tensor) -> None:
-        """Write the next tokens to pages of their own heads."""
-        positions = torch.arange(self.length, self.length + k.shape[1])
-        missing = -(-(self.length + k.shape[1]) // self.page) - self._pages.shape[1]
+    def _reserve(self, count: int) -> None:
+        """Take pages of each head for so many more tokens."""
+        self.length += count
+        missing = -(-self.length // self.page) - self._pages.shape[1]
         if missing > 0:
             taken = torch.tensor(self._take(missing * self.kv_heads)).view(self.kv_heads, missing)
             self._pages = torch.cat([self._pages, taken], 1)
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        """Write the last tokens to pages of their own heads."""
+        positions = torch.arange(self.length - k.shape[1], self.length)
         rows = self._pages[:, positions // self.page] * self.page + positions % self.page  # [heads, T]
         for into, x in ((self._k, k), (self._v, v)):
             into[:, rows.to(into.device).flatten(), 0] = x.transpose(1, 2).flatten(1, 2)
-        self.length += k.shape[1]
 
     def _take(self, count: int) -> list[int]:
         """Pages that are free; more are made by an eighth of what there is, where there are too few."""
@@ -165,15 +202,14 @@ class KVCache:
 
     def _release(self) -> None:
         """Free every page of which the next query, and so each later one, sees nothing."""
-        following = torch.tensor([self.length])
         begin = torch.arange(self._pages.shape[1]) * self.page
         kept = torch.zeros_like(self._pages, dtype=torch.bool)
         for group, lasts in zip(self._groups, self._last, strict=True):
             assert group.heads is not None, "groups are of heads here"
             heads = kept[group.heads.start : group.heads.stop]
             for part, last in zip(group.parts, lasts, strict=True):
-                low, _ = _bounds(part, following, self.length + 1)
-                seen = (begin + self.page > low[0, 0]) & (begin < last)
+                low, _ = _limits(part, self.length)
+                seen = (begin + self.page > low) & (begin < last) & (low < last)
                 if part.stripes is not None:
                     seen = seen & part.stripes.hold(begin, (0, NEVER))
                 heads |= seen
@@ -181,7 +217,14 @@ class KVCache:
         self._free += self._pages[freed].tolist()
         self._pages[freed] = -1
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise ValueError(
+                "KVCache: got inputs that require gradients, expected none, for nothing differentiates a cache; call "
+                "it under torch.no_grad()"
+            )
+        if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+            raise ValueError(f"scale: got {scale!r}, expected a finite number")
         batch, _, _, dim = self._k.shape
         tokens = q.shape[1] if q.dim() == 4 else 0
         for name, x, heads, width in (
@@ -198,12 +241,11 @@ class KVCache:
                 )
 
 
-def _bounds(part: Part, queries: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """``lo, hi [1, T]`` of queries at their global positions, in a text of ``length`` tokens."""
-    return part.mask.intervals(queries, length, length)
+def _limits(part: Part, query: int) -> tuple[int, int]:
+    """Before which key, and from which on, neither a query nor a later one (an earlier one) sees anything in a part.
 
-
-def _last_seen(part: Part) -> int:
-    """The end of what some query ever sees in a part: all keys, or the first few."""
-    _, high = _bounds(part, torch.tensor([NEVER - 1]), NEVER)
-    return int(high)
+    Of each term by itself: of an interval that is empty, :meth:`Mask.intervals` says nothing of either end.
+    """
+    at, many = torch.tensor([query]), torch.tensor(NEVER)
+    rules = [term.rule(at, many, many) for term in part.mask.terms]
+    return max(int(low) for low, _ in rules), min(int(high) for _, high in rules)

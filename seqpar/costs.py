@@ -126,7 +126,9 @@ def _attend(work: Itinerary, call: Call, rates: Rates, node: int, wire: torch.dt
         rows = near_rows + far_rows
         # Packed and received, and if gathered put in order; gradients zeroed, filled, added; packed, received, added.
         moved = rows * kv * touches / rates.copy
-        added = (3 * block.rows * row * accumulator + rows * grads * touches) / rates.copy
+        added = (
+            3 * block.rows * (row if block.keys is None else call.kv_row) * accumulator + rows * grads * touches
+        ) / rates.copy
         forward += rates.beside(ahead, coming) + moved
         backward += rates.beside(back, coming + leaving) + moved + added
         kernel += ahead + back

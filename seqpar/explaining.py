@@ -20,22 +20,25 @@ def explain(plan: Plan) -> str:
     keys = "" if plan.kv_length == plan.length else f" x {plan.kv_length:,} keys"
     pairs = work.pairs.double()
     imbalance = pairs.max() / pairs.mean().clamp(min=1)
-    who = "rank"
+    who, whose = "rank", "in all"
     if plan.trade is not None:  # then their shares are of heads, of all that the block holds
         who = f"block of {plan.trade.world.size} ranks"
+        if work.kv_heads is not None:
+            whose = f"of the {work.kv_heads} KV heads that this rank is dealt"
     lines = [
         f"{plan.mask} over {plan.length:,} tokens{keys}",
         f"layout: {plan.layout.name} on {world.size} rank(s), of which this is rank {world.rank}",
-        f"work: {int(pairs.sum()):,} query-key pairs in all, busiest {who} / mean {imbalance:.3f}",
+        f"work: {int(pairs.sum()):,} query-key pairs {whose}, busiest {who} / mean {imbalance:.3f}",
         f"schedule: {plan.schedule}: {work.exchange} exchange, {_why(plan)}",
         *_candidates(plan),
         *_bytes(plan),
         *_kernels(plan),
-        "step  keys of rank  rows       pairs",
+        f"step  keys of rank  rows       pairs{', rows of one KV head each' if work.single else ''}",
     ]
     for step, block in enumerate(work.blocks):
         source = "all others" if block.source is None else block.source
-        lines.append(f"{step:>4}  {source:>12}  {block.rows:<9,}  {block.pairs:,}")
+        rows = block.rows * (work.kv_heads or 1) if work.single and block.keys is not None else block.rows
+        lines.append(f"{step:>4}  {source:>12}  {rows:<9,}  {block.pairs:,}")
     return "\n".join(lines)
 
 

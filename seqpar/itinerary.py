@@ -93,7 +93,8 @@ class Itinerary:
         rows: list[Tensor | None] = []
         for reader in range(self.world):
             if self.kv_heads is not None:
-                rows.append(single_rows(wanted_rows(self.groups, self.totals, reader, self.keys)))
+                wanted = wanted_rows(self.groups, self.totals, reader, self.keys)
+                rows.append(single_rows(wanted, self.keys))
                 continue
             needed = self.keys.within(joined([part[reader : reader + 1] for part in self.totals.segments[0]])[0])
             rows.append(None if len(needed) == len(self.keys) else self.keys.count_below(needed.tensor))

@@ -91,7 +91,7 @@ class Mask:
         if self.by_head and kv_heads is None:
             raise ValueError(
                 f"{self!r}: heads see different keys, and the plan knows no heads, expected their numbers; give it "
-                "heads=(query heads, KV heads)"
+                "heads=(query heads, KV heads), and Layout.balanced kv_heads="
             )
         for term in self.terms:
             term.check_among(self.terms, self.documents_within(length, kv_length), kv_heads)

@@ -18,7 +18,7 @@ from .positions import Positions
 if TYPE_CHECKING:
     from .masks import Mask
 
-Boundaries = tuple[int, ...]
+CuSeqlens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Stripes:
         """Those of some of the heads."""
         return Stripes(self.block, self.stride, self.residues[heads])
 
-    def hold(self, positions: Tensor, document_keys: Boundaries) -> Tensor:
+    def hold(self, positions: Tensor, document_keys: CuSeqlens) -> Tensor:
         """Which global positions ``[T]`` are in each head's stripes: bool ``[heads, T]``."""
         bounds = torch.tensor(document_keys)
         first = bounds[torch.searchsorted(bounds, positions, right=True) - 1]
         residue = (positions - first).div(self.block, rounding_mode="floor").remainder(self.stride)
         return residue == torch.tensor(self.residues).unsqueeze(1)
 
-    def count_below(self, held: Positions, bound: Tensor, document_keys: Boundaries) -> Tensor:
+    def count_below(self, held: Positions, bound: Tensor, document_keys: CuSeqlens) -> Tensor:
         """How many of the ``held`` keys in each head's stripes stand before each global ``bound``: ``[heads, *]``."""
         starts, ends, before = _below_runs(self, held, document_keys)
         if not len(starts):
@@ -53,7 +53,7 @@ class Stripes:
         inside = torch.minimum(torch.maximum(bound, starts[run]), ends[run])
         return before[:, run] + self._below(inside, document_keys)
 
-    def _below(self, bound: Tensor, document_keys: Boundaries) -> Tensor:
+    def _below(self, bound: Tensor, document_keys: CuSeqlens) -> Tensor:
         """The same of all keys."""
         residues = torch.tensor(self.residues).view(-1, *[1] * bound.dim())
         if len(document_keys) == 2:
@@ -72,7 +72,7 @@ class Stripes:
 
 
 @lru_cache(maxsize=256)
-def _below_runs(stripes: Stripes, held: Positions, document_keys: Boundaries) -> tuple[Tensor, Tensor, Tensor]:
+def _below_runs(stripes: Stripes, held: Positions, document_keys: CuSeqlens) -> tuple[Tensor, Tensor, Tensor]:
     """Runs of neighbours as starts and ends ``[R]``; and ``[heads, R]`` to which a run adds what is below a bound."""
     if bool((held.steps != 1).any()):
         held = Positions.of(held.tensor)

@@ -237,6 +237,11 @@ class Plan:
         shape = HeadShape.of(heads, head_dim, dtype)
         assert shape.heads is not None, "heads are given"
         assert shape.head_dim is not None, "head_dim is given"
+        if self.mask.by_head and shape.heads != self.told.heads:
+            raise ValueError(
+                f"heads: got {shape.heads}, expected {self.told.heads}, which the plan was told, since heads see "
+                "different keys; make a plan for these"
+            )
         rank = self.world.rank if rank is None else rank
         if self.trade is not None:
             return self.trade.traffic(batch, shape.heads, shape.head_dim, dtype, rank)

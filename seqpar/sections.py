@@ -13,8 +13,8 @@ from seqpar.kernels import Intervals
 
 from .parts import HeadGroup, Part
 from .positions import Positions
-from .reach import Totals, inside, striped_keys
-from .selections import Picked, Selection, Span, Whole
+from .reach import Totals, inside
+from .selections import Consecutive, Picked, Selection, Whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class Bound:
 
 
 class Seen(NamedTuple):
-    """What a rank's queries see in one part, and the key boundaries of documents, one for all batch rows or each."""
+    """What a rank's queries see in one part; and by which key boundaries stripes are counted, of all rows or each."""
 
     part: Part
     low: Bound
@@ -91,8 +91,9 @@ class Seen(NamedTuple):
     def of(cls, part: Part, queries: Tensor, length: int, kv_length: int) -> Seen:
         """By the global positions ``queries [T]``."""
         low, high = part.mask.intervals(queries, length, kv_length)
-        shared = striped_keys(part, length, kv_length)
-        keys = part.mask.documents_within(length, kv_length).keys if shared is None else (shared,)
+        keys = part.mask.documents_within(length, kv_length).keys
+        if part.stripes is None or len(set(keys)) == 1:
+            keys = keys[:1]
         return cls(part, Bound(low), Bound(high), keys)
 
 
@@ -131,7 +132,7 @@ def block_of_tokens(
                 found.append(
                     [Found(keys.tensor[r], r * kv_heads + head) for r, head in zip(rows, group.heads, strict=True)]
                 )
-            sections += section_of(number, part, found)
+            sections += section_of(number, part, found, of_one_head=kv_heads == 1)
     return Block(source, len(keys), keys, tuple(sections))
 
 
@@ -143,7 +144,7 @@ def block_of_heads(
     seen: Sequence[Sequence[Seen]],
 ) -> Block:
     """Of rows of one head each: those of the source's ``keys`` that are ``wanted``, one head's after another's."""
-    needed = _any_part(wanted)
+    needed = _any_part(wanted, keys)
     place = needed.flatten().cumsum(0).view_as(needed) - 1  # of each needed row among all that arrive
     sections = []
     for number, (group, parts) in enumerate(zip(groups, seen, strict=True)):
@@ -159,7 +160,7 @@ def block_of_heads(
                 else:
                     rows_here = rows
                 found.append([Found(keys.tensor[r], p[r]) for r, p in zip(rows_here, places, strict=True)])
-            sections += section_of(number, part, found)
+            sections += section_of(number, part, found, of_one_head=True)
     return Block(source, int(needed.sum()), None, tuple(sections))
 
 
@@ -181,16 +182,17 @@ def wanted_rows(groups: Sequence[HeadGroup], reached: Totals, reader: int, keys:
     return wanted
 
 
-def single_rows(wanted: Sequence[Sequence[Tensor]]) -> Tensor:
+def single_rows(wanted: Sequence[Sequence[Tensor]], keys: Positions) -> Tensor:
     """The rows of one head each that are wanted, one head's after another's; counted token by token."""
-    needed = _any_part(wanted)
+    needed = _any_part(wanted, keys)
     head, token = needed.nonzero().unbind(1)
     return token * len(needed) + head
 
 
-def _any_part(wanted: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Wanted by some part: bool ``[KV heads, T]``."""
-    return torch.cat([torch.stack(list(parts)).any(0) for parts in wanted])
+def _any_part(wanted: Sequence[Sequence[Tensor]], keys: Positions) -> Tensor:
+    """Wanted by some part: bool ``[KV heads, T]``; a rank may have been dealt no heads."""
+    none = torch.zeros(0, len(keys), dtype=torch.bool)
+    return torch.cat([none, *(torch.stack(list(parts)).any(0) for parts in wanted)])
 
 
 def marked_final(blocks: Sequence[Block], groups: int) -> tuple[Block, ...]:
@@ -207,8 +209,11 @@ def marked_final(blocks: Sequence[Block], groups: int) -> tuple[Block, ...]:
     return tuple(reversed(marked))
 
 
-def section_of(group: int, seen: Seen, found: Sequence[Sequence[Found]]) -> list[Section]:
-    """The section of ``found[row][head]`` keys, if any query sees one; rows where batch rows find different keys."""
+def section_of(group: int, seen: Seen, found: Sequence[Sequence[Found]], *, of_one_head: bool) -> list[Section]:
+    """The section of ``found[row][head]`` keys, if any query sees one; rows where batch rows find different keys.
+
+    ``of_one_head``: whether the rows that are there are of one head each.
+    """
     most = max(len(keys.positions) for row in found for keys in row)
     if not most:
         return []
@@ -221,8 +226,8 @@ def section_of(group: int, seen: Seen, found: Sequence[Sequence[Found]]) -> list
         for head, keys in enumerate(keys_of_heads):
             index[row, head, : len(keys.place)] = keys.place
     flat = index.flatten()
-    together = len(found) == 1 and bool((flat.diff() == 1).all())
-    selection = Span(int(flat[0]), len(found[0]), most) if together else Picked(index)
+    together = of_one_head and len(found) == 1 and bool((flat.diff() == 1).all())
+    selection = Consecutive(int(flat[0]), len(found[0]), most) if together else Picked(index)
     return [Section(group, selection, Intervals(start, end), pairs)]
 
 

@@ -35,13 +35,14 @@ class Whole(Selection):
         """A view."""
         if self.heads is None:
             return x
+        assert self.kv_heads is not None, "heads are counted among all"
         if x.shape[2] != self.kv_heads:  # rows of one head each, token by token
-            x = x.view(x.shape[0], -1, self.kv_heads or 1, x.shape[3])
+            x = x.view(x.shape[0], -1, self.kv_heads, x.shape[3])
         return x[:, :, self.heads.start : self.heads.stop]
 
 
 @dataclass(frozen=True)
-class Span(Selection):
+class Consecutive(Selection):
     """Rows of one head each that stand together: ``rows`` of each of ``heads`` heads, one head after another."""
 
     first: int

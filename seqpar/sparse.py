@@ -89,7 +89,8 @@ class SparselySharded(Mask):
     def check_among(self, terms: tuple[Mask, ...], documents: Documents, kv_heads: int | None) -> None:
         """Causal self-attention only, one such mask, as many offsets as heads, and nothing that no head sees."""
         name = "SparselySharded"
-        for term in terms:
+        others = [x for term in terms if isinstance(term, PerHead) for mask in term.masks for x in mask.terms]
+        for term in (*terms, *others):
             if isinstance(term, PrefixLM) or (isinstance(term, SlidingWindow) and term.right != 0):
                 raise ValueError(
                     f"{name} & {term!r}: got a mask that lets queries see later keys, expected causal ones; S2 "
@@ -190,12 +191,9 @@ class PerHead(Mask):
         return tuple(found)
 
     def check_among(self, terms: tuple[Mask, ...], documents: Documents, kv_heads: int | None) -> None:
-        """One mask for each KV head, and what each of them wants."""
+        """One mask for each KV head."""
         if len(self.masks) != kv_heads:
             raise ValueError(f"PerHead: got {len(self.masks)} masks for {kv_heads} KV heads, expected one for each")
-        for mask in self.masks:
-            for term in mask.terms:
-                term.check_among(mask.terms, documents, kv_heads)
 
 
 @dataclass(frozen=True)

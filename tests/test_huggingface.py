@@ -169,6 +169,21 @@ def test_layers_with_plans_of_their_own() -> None:
         model(tokens, position_ids=ids, use_cache=False, seqpar_plan=[dense] * 3)
 
 
+def test_layers_whose_tokens_are_held_otherwise_are_refused() -> None:
+    register()
+    model = _model("llama")
+    model.set_attn_implementation("seqpar")
+    tokens = torch.arange(LENGTH)[None] % SHAPE["vocab_size"]
+
+    def job(world: World) -> str:
+        plans = [seqpar.plan(seqpar.Causal(), length=LENGTH, group=world, layout=x) for x in ("zigzag", "contiguous")]
+        with pytest.raises(ValueError, match=r"expected one layout: give the others layout=first\.layout") as caught:
+            model(plans[0].shard(tokens), position_ids=plans[0].position_ids, use_cache=False, seqpar_plan=plans)
+        return str(caught.value)
+
+    assert len(set(run_loopback(2, job))) == 1
+
+
 def test_a_window_of_the_plan_or_longer_than_it_is_accepted() -> None:
     query, key = torch.randn(1, 6, LENGTH, 16), torch.randn(1, 2, LENGTH, 16)
     window = seqpar.SlidingWindow(7, 0)

@@ -31,7 +31,7 @@ from seqpar.comm import World, run_loopback
 from seqpar.itinerary import Itinerary, itinerary
 from seqpar.layouts import resolve_layout
 from seqpar.sections import Block, Section
-from seqpar.selections import Picked, Span
+from seqpar.selections import Consecutive, Picked
 from support.cases import MASKS, SCHEDULES, MaskCase, s2, tensors
 from support.jobs import attend
 from support.oracle import HeadSees, dense_attention, error
@@ -223,12 +223,69 @@ def test_few_queries_tell_what_all_reach(case: MaskCase, world: int, layout: str
 
 
 def test_stripes_alone_are_used_where_they_arrive() -> None:
-    """From ranks far away come stripes alone, in order: no copy; from neighbours the band's rows too."""
+    """From ranks far away come stripes alone, in order: no copy; from the neighbour the band's rows too."""
     mask, length = SparselySharded(16, 2, 4), 16 * 4 * 8 * 2
     work = itinerary(mask, "contiguous", Ring("direct"), length, length, 8, 7, 4)
     selections = {b.source: [type(s.keys) for s in b.sections] for b in work.blocks[1:]}
-    assert selections[0] == [Span]
-    assert selections[6] == [Picked, Picked] or selections[6] == [Span, Picked]
+    assert selections.pop(6) == [Picked, Picked]
+    assert list(selections.values()) == [[Consecutive]] * 6
+
+
+@pytest.mark.parametrize("schedule", ["direct", "forward", "allgather", "double_ring"])
+def test_a_shard_with_a_single_striped_key(schedule: str) -> None:
+    """Rows of all heads are no rows of one head, also where consecutive numbers are those of one key's heads."""
+    case = MaskCase(*s2(16, 1, 3, offsets=(2, 2)), length=80, kv_length=80)
+    held = [[0, 32, 48], [*range(1, 32)], [*range(33, 48)], [*range(49, 80)]]
+    inputs = tensors(case, (2, 2), torch.float64, value_dim=8)
+    leaves = [inputs[name].requires_grad_() for name in "qkv"]
+    out, _ = dense_attention(*leaves, case.dense_of(2, 2))
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, inputs["dout"])]
+
+    def job(w: World) -> list[Tensor]:
+        plan = seqpar.plan(case.of(2), length=80, group=w, layout=held, schedule=SCHEDULES[schedule], heads=2)
+        whole = [inputs[name].detach().clone().requires_grad_() for name in "qkv"]
+        got = plan.unshard(seqpar.attention(*(plan.shard(x) for x in whole), plan))
+        return [got.detach(), *torch.autograd.grad(got, whole, inputs["dout"])]
+
+    for results in run_loopback(4, job):
+        assert max(error(x, y) for x, y in zip(results, expected, strict=True)) <= 1e-10
+
+
+@pytest.mark.parametrize("inner", [Ring("direct"), Ring("forward"), seqpar.AllGather()], ids=str)
+def test_ranks_that_are_dealt_no_heads(inner: Any) -> None:
+    case = whole(s2(16, 1, 2))
+    with patch.dict(SCHEDULES, few=seqpar.Ulysses(inner, degree=4)):
+        assert_exact(case, (2, 2), "few", "zigzag", 8, torch.float64, 1e-10)
+
+
+def test_auto_chooses_for_masks_that_differ_by_head() -> None:
+    rates = seqpar.Rates(
+        forward=6e14, backward=5e14, call=1e-5, backward_call=2e-5, copy=1e12, bandwidth=1e9, latency=1e-5, overlap=1.0
+    )
+    case = packed(s2(16, 2, 4), DOCUMENTS)
+    with patch.dict(SCHEDULES, auto=seqpar.Auto(rates)):
+        inputs = tensors(case, HEADS, torch.float64)
+        out, _ = dense_attention(*(inputs[name] for name in "qkv"), case.dense_of(*HEADS))
+
+        def job(w: World) -> tuple[Tensor, str]:
+            plan = seqpar.plan(
+                case.of(4), length=LENGTH, group=w, schedule=SCHEDULES["auto"], layout="auto", heads=HEADS, head_dim=16,
+                dtype=torch.float64,
+            )  # fmt: skip
+            local = seqpar.attention(*(plan.shard(inputs[name]) for name in "qkv"), plan)
+            return plan.unshard(local), plan.explain()
+
+        for got, text in run_loopback(3, job):
+            assert error(got, out) <= 1e-10
+            assert "rows of one KV head each" in text
+
+
+def test_traffic_of_other_heads_than_the_plan_was_told_is_refused() -> None:
+    plan = seqpar.plan(SparselySharded(16, 1, 4), length=64, heads=4)
+    with pytest.raises(
+        ValueError, match=r"heads: got \(8, 8\), expected \(4, 4\), which the plan was told, since heads"
+    ):
+        plan.traffic(1, 8, 16, torch.float32)
 
 
 def busiest_share(mask: Mask, length: int, world: int, layout: str = "zigzag", heads: int = 16) -> float:
@@ -343,6 +400,7 @@ S2 = partial(SparselySharded, 16, 1)
         (lambda: S2(6), {}, "use stride=4 or less, offsets that differ, dense_heads=1, or allow_incomplete=True"),
         (lambda: S2(4, offsets=(0, 0, 1, 2)), {}, "no head sees older blocks of residue 3"),
         (lambda: S2(4) & PrefixLM(3), {}, "later keys, expected causal ones; S2 attention is causal"),
+        (lambda: S2(4) & PerHead([PrefixLM(3)] * 4), {}, "later keys, expected causal ones; S2 attention is causal"),
         (lambda: S2(4) & SlidingWindow(3, 3), {}, "later keys, expected causal ones; S2 attention is causal"),
         (lambda: S2(4) & SparselySharded(32), {}, "got two of them, expected one"),
         (lambda: S2(4), {"kv_length": 60}, "got 64 queries over 60 keys, expected at least as many keys"),

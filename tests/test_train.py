@@ -163,7 +163,7 @@ def test_the_first_step_equals_the_unsharded_one(name: str, folder: Path, runs: 
 
 
 def test_a_run_begins_with_the_weights_of_another(folder: Path, resumed: dict[str, Finished]) -> None:
-    """A dense model goes on sparsely-sharded: its first loss is near the dense run's last, not that of random weights."""
+    """A dense model goes on sparsely-sharded: its first loss is near the dense run's last, not random weights' one."""
     assert resumed["weights of another"].codes == [0, 0], resumed["weights of another"].output
     (first, *_), dense = losses(folder / "s2 from dense"), losses(folder / "2")
     assert abs(first - dense[-1]) < 0.2 * (dense[0] - dense[-1])

@@ -210,13 +210,13 @@ def test_explain_says_what_auto_picks_and_why(table: Path, monkeypatch: pytest.M
 
     assert lines() == []
     if not torch.cuda.is_available():
-        here = "cpu in 1 step(s) (the one for the CPU)"
+        here = "cpu in 1 call(s) (the one for the CPU)"
         assert lines(**told) == [f"kernel='auto' on cpu, {way}: {here}" for way in ("forward", "backward")]
     monkeypatch.setattr(automatic, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(automatic, "measured", dict)
-    assert all(line.endswith(": triton in 1 step(s) (not measured on sm_90)") for line in lines(**told))
+    assert all(line.endswith(": triton in 1 call(s) (not measured on sm_90)") for line in lines(**told))
     monkeypatch.setattr(automatic, "measured", lambda: measured(table))
     monkeypatch.setattr(FlashKernel, "refusal", lambda self, shape, intervals: "")
     forward, backward = lines(**told)
-    assert forward.endswith("forward: library:cudnn in 1 step(s) (590 TFLOP/s at 16,384 tokens)")
-    assert backward.endswith("backward: triton in 1 step(s) (400 TFLOP/s at 16,384 tokens)")
+    assert forward.endswith("forward: library:cudnn in 1 call(s) (590 TFLOP/s at 16,384 tokens)")
+    assert backward.endswith("backward: triton in 1 call(s) (400 TFLOP/s at 16,384 tokens)")

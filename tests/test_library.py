@@ -18,12 +18,13 @@ from torch._subclasses import FakeTensorMode
 
 import seqpar
 from seqpar import Causal, Documents, Full, Mask, PrefixLM, Ring, SlidingWindow
-from seqpar.itinerary import Block, itinerary
+from seqpar.itinerary import itinerary
 from seqpar.kernels import Intervals, OutputGradient, Partial, kernel_named, library, pieces
 from seqpar.kernels import Shape as CallShape
 from seqpar.kernels.cpu import CpuFlash
 from seqpar.kernels.flash import FlashKernel
 from seqpar.kernels.library import AtenFlash, CudnnFlash, PackagedFlash
+from seqpar.sections import Block
 from support.blocks import BATCH, SHAPES, Shape, assert_exact, generator, pairs, run_blocks
 
 CUDA = torch.device("cuda", 0)
@@ -53,11 +54,13 @@ gpu_like = FlashKernel("gpu_like", GpuLike())
 
 def blocks_of(mask: Mask, layout: str, world: int, rank: int, length: int = 61) -> list[Block]:
     work = itinerary(mask, layout, Ring("forward"), length, length, world, rank)
-    return [  # with intervals of their own, on which no pieces are kept yet
-        replace(block, intervals=Intervals(block.intervals.start, block.intervals.end))
-        for block in work.blocks
-        if block.pairs
-    ]
+    fresh = []  # with intervals of their own, on which no pieces are kept yet
+    for block in work.blocks:
+        (section,) = block.sections
+        if block.pairs:
+            intervals = Intervals(section.intervals.start, section.intervals.end)
+            fresh.append(replace(block, sections=(replace(section, intervals=intervals),)))
+    return fresh
 
 
 def run_plan(kernel: FlashKernel, blocks: list[Block], shape: Shape, grads: str = "both", scale: float = 0.4) -> None:
@@ -94,6 +97,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
 )
 def test_several_pieces(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "CALL_PAIRS", -1)  # nothing is too small for a call of its own
+    monkeypatch.setattr(pieces, "KEY_PAIRS", 0)
     ranks = [blocks_of(mask, "zigzag", 2, rank) for rank in range(2)]
     assert not all(block.intervals.plain for blocks in ranks for block in blocks)
     for blocks in ranks:
@@ -420,6 +424,7 @@ def test_pytorch_is_asked_about_every_kind_of_piece(name: str, monkeypatch: pyte
 
     monkeypatch.setattr(LIBRARIES[name], "can_use", staticmethod(can_use_it))
     monkeypatch.setattr(pieces, "CALL_PAIRS", -1)
+    monkeypatch.setattr(pieces, "KEY_PAIRS", 0)
     both = blocks_of(PrefixLM(17), "zigzag", 1, 0)[0].intervals
     shape, kinds = BF16._replace(dim=20, value_dim=12), [TRIANGLE.plain]
     assert {piece.kind for piece in both.pieces[0][0]} == {"full", "causal"}

@@ -110,6 +110,14 @@ def test_heads_dealt_unevenly_keep_their_stripes(schedule: str, world: int, head
     assert_exact(case, heads, schedule, "zigzag", world, torch.float64, 1e-10)
 
 
+@pytest.mark.parametrize("schedule", ["ulysses", "hybrid"])
+@pytest.mark.parametrize("heads", [(8, 2), (15, 5)], ids=str)
+def test_repeated_heads_of_several_calls(heads: tuple[int, int], schedule: str) -> None:
+    """A window and its sinks read the same rows in two calls, whose gradients add up."""
+    case = MaskCase(SinkWindow(30, 40), lambda i, j, n, m: j <= i and (j < 30 or i - j < 40), LENGTH, LENGTH)
+    assert_exact(case, heads, schedule, "contiguous", {"ulysses": 3, "hybrid": 4}[schedule], torch.float64, 1e-10)
+
+
 def assert_exact(
     case: MaskCase, heads: tuple[int, int], schedule: str, layout: str, world: int, dtype: torch.dtype, bound: float
 ) -> None:

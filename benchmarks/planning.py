@@ -92,7 +92,7 @@ def main() -> None:
         costs = {
             layout: milliseconds(sparse, layout, length, world, 8) for layout in ("zigzag", "contiguous", "striped")
         }
-        others = dict.fromkeys(("dealing balanced", "comparing for auto"), float("nan"))
+        others = dict.fromkeys(("dealing balanced", "comparing for auto"), "-")
         rows.append({"tokens": length, "ranks": world, "mask": "S2, 8 KV heads", **costs, **others})
     even = [
         evenness(name, mask, length, world)

@@ -12,8 +12,9 @@ import seqpar
 from seqpar import layouts, parts
 from seqpar.choosing import layouts_to_try, schedules_to_try, work_of
 from seqpar.costs import Call, cost
-from seqpar.itinerary import busiest_rows, itinerary, reach_of
+from seqpar.itinerary import itinerary, reach_of
 from seqpar.layouts import resolve_layout
+from seqpar.reach import busiest_rows
 
 RUNS = 7
 EVEN_LAYOUTS = ("contiguous", "zigzag", "document_zigzag", "balanced")

@@ -1,6 +1,6 @@
 """What sparsely-sharded attention costs in quality: held-out losses of a small model, and recall of planted needles.
 
-Run ``python benchmarks/quality.py``; about half an hour on two cores. Every run has the same steps, tokens and order of
+Run ``python benchmarks/quality.py``; about an hour on two cores. Every run has the same steps, tokens and order of
 the data; a window sees as many query-key pairs as the sparsely-sharded layers that it stands beside.
 """
 

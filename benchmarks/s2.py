@@ -1,7 +1,7 @@
 """Sparsely-sharded attention: how much time, traffic and cache shrink with density.
 
-Run ``python benchmarks/s2.py`` on an idle machine; about six minutes on two cores. Where there is a GPU, it is measured
-too: 8K to 128K tokens, against the fastest of PyTorch's dense backends.
+Run ``python benchmarks/s2.py`` on an idle machine; about five minutes on two cores. Where there is a GPU, it is
+measured instead: 8K to 128K tokens, against the fastest of PyTorch's dense backends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import seqpar
 from seqpar.comm import World
-from seqpar.itinerary import busiest_rows, forward_rows, itinerary
+from seqpar.itinerary import itinerary
+from seqpar.reach import busiest_rows, forward_rows
 
 HEADS, HEAD_DIM = 16, 64
 

@@ -10,7 +10,7 @@ The plan says who attends to whom: pass no attention_mask, and give it the docum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,11 +78,11 @@ def attention_forward(
     mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises
     ValueError for anything else that would change the result: nothing is dropped.
     """
-    layers: Sequence[Any] = ()
+    plans: Collection[Any] = ()
     if isinstance(seqpar_plan, Mapping):
-        layers, seqpar_plan = list(seqpar_plan.values()), seqpar_plan.get(sliding_window)
+        plans, seqpar_plan = seqpar_plan.values(), seqpar_plan.get(sliding_window)
     elif isinstance(seqpar_plan, Sequence):
-        layers, seqpar_plan = seqpar_plan, _of_layer(seqpar_plan, module)
+        plans, seqpar_plan = seqpar_plan, _of_layer(seqpar_plan, module)
     if seqpar_plan is None:
         where = f" for layers with sliding_window={sliding_window}" if sliding_window is not None else ""
         raise ValueError(f"seqpar attention got no plan{where}; expected one: call model(..., seqpar_plan=plan)")
@@ -102,7 +102,7 @@ def attention_forward(
         if given is not None and given is not False and name not in _BYSTANDERS:
             raise ValueError(_unexpected(name, _short(given), "leave it out, or use another attn_implementation"))
     if getattr(module, "layer_idx", 0) == 0:
-        _check_model(getattr(module, "config", None), seqpar_plan, layers, position_ids)
+        _check_model(getattr(module, "config", None), seqpar_plan, plans, position_ids)
     out = seqpar.attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seqpar_plan, scale=scaling, sinks=s_aux
     )
@@ -115,7 +115,7 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-def _check_model(config: Any, plan: seqpar.Plan, plans: Sequence[Any], position_ids: Tensor | None) -> None:
+def _check_model(config: Any, plan: seqpar.Plan, plans: Collection[Any], position_ids: Tensor | None) -> None:
     """Raise ValueError, on every rank, where a model would mix or place tokens as if a rank's were all there are."""
     try:
         for other in plans:
@@ -151,10 +151,8 @@ def _check_model(config: Any, plan: seqpar.Plan, plans: Sequence[Any], position_
 
 
 def _of_layer(plans: Sequence[Any], module: nn.Module) -> Any:
-    layer, layers = (
-        getattr(module, "layer_idx", None),
-        getattr(getattr(module, "config", None), "num_hidden_layers", None),
-    )
+    layer = getattr(module, "layer_idx", None)
+    layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
     if layer is None or len(plans) != layers:
         raise ValueError(
             f"seqpar attention got {len(plans)} plans for a model of {layers} layers, expected one for each layer; "

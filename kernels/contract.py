@@ -74,9 +74,9 @@ class Intervals:
         """
         found = []
         for start, end in zip(self.start.cpu(), self.end.cpu(), strict=True):
-            joint = cut_jointly(start, end) if len(start) > 1 else None
-            each = (cut_into_pieces(s, e) for s, e in zip(start, end, strict=True))
-            found.append(list(each) if joint is None else [joint])
+            each = [cut_into_pieces(s, e) for s, e in zip(start, end, strict=True)]
+            joint = cut_jointly(start, end, each) if len(each) > 1 else None
+            found.append(each if joint is None else [joint])
         return found
 
     @cached_property

@@ -112,7 +112,7 @@ class FlashKernel:
         q, k, v = (library.prepared(_pad_to(dim, x)) for dim, x in ((padded, q), (padded, k), (padded_value, v)))
         calls = list(_calls(intervals, shape))
         for call in calls:
-            batch, heads, kv_heads, piece, _, _ = call
+            batch, heads, kv_heads, piece = call[:4]
             mask = _additive_mask(intervals, call, shape.heads, q.dtype)
             key, value = (x[batch, piece.keys, kv_heads] for x in (k, v))
             out, lse = library.forward(q[batch, piece.rows, heads], key, value, piece.kind == "causal", scale, mask)
@@ -164,7 +164,7 @@ class FlashKernel:
             column[..., 0] = grad.dlse.transpose(1, 2)
             terms.append((ones, nothing, column))
         for call in _calls(intervals, shape):
-            batch, heads, kv_heads, piece, _, _ = call
+            batch, heads, kv_heads, piece = call[:4]
             mask = _additive_mask(intervals, call, shape.heads, q.dtype)
             rows, keys = (batch, piece.rows, heads), (batch, piece.keys, kv_heads)
             for values, outs, douts in terms:

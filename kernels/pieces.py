@@ -40,11 +40,12 @@ def cut_into_pieces(start: Tensor, end: Tensor) -> list[Piece]:
     return pieces
 
 
-def cut_jointly(start: Tensor, end: Tensor) -> list[Piece] | None:
+def cut_jointly(start: Tensor, end: Tensor, apart: list[list[Piece]]) -> list[Piece] | None:
     """Pieces that hold the pairs of heads whose intervals differ little; None where each is better cut by itself.
 
-    ``start, end [heads, Tq]``: rectangles that all heads see, and edges under a mask for each of them. Few calls for
-    all heads keep all threads busy; PyTorch's backward gives each head to one.
+    ``start, end [heads, Tq]``; ``apart``: each head's own pieces. Together: rectangles that all heads see, and edges
+    under a mask for each of them. Few calls for all heads keep all threads busy; PyTorch's backward gives each head to
+    one.
     """
     lo, hi = start.numpy().astype(np.int64), end.numpy().astype(np.int64)
     bounds = np.stack([lo.min(0), lo.max(0), hi.min(0), hi.max(0)])
@@ -64,8 +65,7 @@ def cut_jointly(start: Tensor, end: Tensor) -> list[Piece] | None:
                 found.append(Piece(rows, edge, "masked", not found))
         cost += sum((_cost([piece]) - CALL_PAIRS) * len(lo) + CALL_PAIRS for piece in found)
         pieces += found
-    apart = sum(_cost(cut_into_pieces(s, e)) for s, e in zip(start, end, strict=True))
-    return pieces if cost <= JOINTLY * apart else None
+    return pieces if cost <= JOINTLY * sum(map(_cost, apart)) else None
 
 
 def plain_piece(start: Tensor, end: Tensor) -> Piece | None:

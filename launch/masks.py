@@ -36,9 +36,13 @@ def layer_masks(config: TrainConfig, shape: PretrainedConfig) -> list[seqpar.Mas
 
 def s2_sizes(config: TrainConfig, shape: PretrainedConfig) -> tuple[int, int, int]:
     """Block, blocks of the band and stride; by default 64, 16, and the sparse KV heads, which just see everything."""
-    sparse = shape.num_key_value_heads - config.s2_dense_heads
-    stride = max(1, sparse) if config.s2_stride is None else config.s2_stride
+    stride = config.s2_stride or widest_stride(shape.num_key_value_heads, config.s2_dense_heads)
     return config.s2_block or 64, config.s2_local or 16, stride
+
+
+def widest_stride(kv_heads: int, dense_heads: int) -> int:
+    """With which heads that are not dense just see every block together."""
+    return max(1, kv_heads - dense_heads)
 
 
 def describe(config: TrainConfig, shape: PretrainedConfig) -> str:

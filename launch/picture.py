@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import seqpar
-from seqpar.itinerary import Itinerary, busiest_rows, forward_rows, itinerary
+from seqpar.itinerary import Itinerary, itinerary
+from seqpar.reach import busiest_rows, forward_rows
 
 from .config import OptionError
+from .masks import widest_stride
 
 HEADS_SHOWN = 8
 BLOCKS_SHOWN = 96  # at most, on a side of a head's picture
@@ -55,7 +57,7 @@ class PictureConfig:
     @property
     def mask(self) -> seqpar.SparselySharded:
         """As the options say."""
-        stride = max(1, self.heads - self.dense_heads) if self.stride is None else self.stride
+        stride = widest_stride(self.heads, self.dense_heads) if self.stride is None else self.stride
         return seqpar.SparselySharded(self.block, self.local, stride, self.dense_heads)
 
 
@@ -100,12 +102,9 @@ def draw(config: PictureConfig) -> str:
     told = (
         f"{config.length:,} tokens, {config.layout} on {config.ranks} ranks: {float(pairs.sum()) / causal:.1%} of the "
         f"causal pairs, busiest / mean {float(pairs.max() / pairs.mean()):.3f}"
-        + (
-            f"; the busiest rank moves {busiest_rows(work.needed) / dense:.1%} of a dense ring's K and V"
-            if dense
-            else ""
-        )
     )
+    if dense:
+        told += f"; the busiest rank moves {busiest_rows(work.needed) / dense:.1%} of a dense ring's K and V"
     figure.suptitle(f"{config.mask}\n{told}", fontsize=8)
     figure.tight_layout()
     try:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from .parts import HeadGroup
 from .positions import Positions
-from .reach import totals
+from .reach import busiest_rows, totals
 
 CHUNKS_PER_RANK = 16
 FEW_CHUNKS = 1024  # that are quickly dealt; more ranks get fewer chunks each
@@ -37,11 +36,7 @@ def balanced(
         _swap_until_even(owner, work, world)
         held = tuple(_held_by(owner == rank, length, chunk) for rank in range(world))
         load = np.bincount(owner, work, world)
-        moved = (
-            totals(groups, held, held, length, kv_length).needed if kv_length == length else torch.zeros(world, world)
-        )
-        moved = moved - moved.diagonal().diag()
-        busiest = float(torch.maximum(moved.sum(0), moved.sum(1)).max())
+        busiest = busiest_rows(totals(groups, held, held, length, kv_length).needed) if kv_length == length else 0
         dealings.append((round(load.max() / max(load.mean(), 1.0) / 0.02), busiest, held))
     return min(dealings, key=lambda dealing: dealing[:2])[2]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from seqpar.kernels import Partial, kernel_named
+from seqpar.kernels import kernel_named
 
 from .masks import Mask, check_int
 from .parts import HeadGroup, Part
+from .ring import attend
 from .sections import Bound, Found, Section, Seen, section_of
-from .validation import HeadShape
+from .validation import HeadShape, check_scale
 
 NEVER = 1 << 40  # a position that no text reaches
 
@@ -118,40 +116,30 @@ class KVCache:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         backend, count, pages = kernel_named(kernel), k.shape[1], self._pages.shape[1]
         self._reserve(count)
-        calls = self._calls(count)
+        sections = self._sections(count)
         try:
-            backend.check(q, k, v, [section.intervals for sections in calls for section in sections])
+            backend.check(q, k, v, [section.intervals for section in sections])
         except ValueError:
             self._free += self._pages[:, pages:].flatten().tolist()
             self.length, self._pages = self.length - count, self._pages[:, :pages]
             raise
         self._write(k, v)
-        outs = []
-        for group, sections in zip(self._groups, calls, strict=True):
-            assert group.heads is not None, "groups are of heads here"
-            each = self.heads // self.kv_heads
-            mine = q[:, :, group.heads.start * each : group.heads.stop * each]
-            partial: Partial | None = None
-            for section in sections:
-                key, value = (section.keys.take(x) for x in (self._k, self._v))
-                partial = backend.forward(mine, key, value, section.intervals, scale, partial)
-            outs.append((partial or Partial.empty(mine, v.shape[-1])).out)
+        there = [(sections, (self._k, self._v))]
+        partial = attend(self._groups, there, q, self.kv_heads, v.shape[3], None, scale, backend)
         self._release()
-        return torch.cat(outs, 2).to(q.dtype)
+        return partial.out.to(q.dtype)
 
-    def _calls(self, count: int) -> list[list[Section]]:
-        """For each group of heads, the kernel calls of the last ``count`` tokens' queries."""
-        queries, calls = torch.arange(self.length - count, self.length), []
+    def _sections(self, count: int) -> list[Section]:
+        """The kernel calls of the last ``count`` tokens' queries."""
+        queries, sections = torch.arange(self.length - count, self.length), []
         for number, group in enumerate(self._groups):
-            sections: list[Section] = []
             for part in group.parts:
                 low, high = part.mask.intervals(queries, self.length, self.length)
                 if not bool((high > low).any()):
                     continue
                 seen = Seen(part, Bound(low), Bound(high), ((0, self.length),))
                 sections += section_of(number, seen, [self._found(group, part, seen)], of_one_head=True)
-            calls.append(sections)
-        return calls
+        return sections
 
     def _found(self, group: HeadGroup, part: Part, seen: Seen) -> list[Found]:
         """The group's keys in a part that are held and that some query sees, and where they are."""
@@ -223,8 +211,7 @@ class KVCache:
                 "KVCache: got inputs that require gradients, expected none, for nothing differentiates a cache; call "
                 "it under torch.no_grad()"
             )
-        if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
-            raise ValueError(f"scale: got {scale!r}, expected a finite number")
+        check_scale(scale)
         batch, _, _, dim = self._k.shape
         tokens = q.shape[1] if q.dim() == 4 else 0
         for name, x, heads, width in (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
-from .itinerary import busiest_rows, forward_rows
+from .reach import busiest_rows, forward_rows
 from .schedules import AllGather, Ring
 
 if TYPE_CHECKING:

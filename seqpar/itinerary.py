@@ -14,7 +14,7 @@ from .layouts import Layout, resolve_layout
 from .masks import Mask
 from .parts import HeadGroup, dealt
 from .positions import Positions
-from .reach import Totals, joined, totals
+from .reach import Totals, busiest_rows, forward_rows, totals
 from .schedules import AllGather, DoubleRing, Inner, ring_size
 from .sections import Block, Seen, block_of_heads, block_of_tokens, marked_final, single_rows, wanted_rows
 
@@ -96,7 +96,7 @@ class Itinerary:
                 wanted = wanted_rows(self.groups, self.totals, reader, self.keys)
                 rows.append(single_rows(wanted, self.keys))
                 continue
-            needed = self.keys.within(joined([part[reader : reader + 1] for part in self.totals.segments[0]])[0])
+            needed = self.keys.within(self.totals.seen_by(reader))
             rows.append(None if len(needed) == len(self.keys) else self.keys.count_below(needed.tensor))
         return rows
 
@@ -152,8 +152,7 @@ def itinerary(
         if exchange != "direct" or source == rank:
             blocks.append(block_of_tokens(source, keys, groups, seen, count))
         elif count is None:
-            needed = keys.within(joined([part[rank : rank + 1] for part in reached.segments[0]])[0])
-            blocks.append(block_of_tokens(source, needed, groups, seen, count))
+            blocks.append(block_of_tokens(source, keys.within(reached.seen_by(rank)), groups, seen, count))
         else:
             assert source is not None, "keys are sent directly by one rank each"
             wanted = wanted_rows(groups, reached, rank, keys)
@@ -201,14 +200,3 @@ def _choose_exchange(schedule: Inner, needed: Tensor, keys: tuple[Positions, ...
     if len(keys) <= 2:
         return "direct"
     return "direct" if busiest_rows(needed) < heads * busiest_rows(forward_rows(keys)) else "forward"
-
-
-def forward_rows(keys: tuple[Positions, ...]) -> Tensor:
-    """``[reader, owner]`` of a forward ring: every rank gets everything."""
-    return torch.tensor([len(positions) for positions in keys]).expand(len(keys), -1)
-
-
-def busiest_rows(moved: Tensor) -> int:
-    """The most rows that any rank sends or receives, of ``moved [reader, owner]``."""
-    travelling = moved - moved.diagonal().diag()
-    return int(torch.maximum(travelling.sum(0), travelling.sum(1)).max())

@@ -301,25 +301,17 @@ class Intersection(Mask):
 
     def groups(self, kv_heads: int | None) -> tuple[HeadGroup, ...]:
         """What the KV heads see, as disjoint parts."""
-        found = [term.groups(kv_heads) for term in self.parts]
-        if all(
-            len(groups) == 1 and groups[0] == HeadGroup(None, (Part(term),))
-            for term, groups in zip(self.parts, found, strict=True)
-        ):
-            return super().groups(kv_heads)
-        combined, *others = found
+        combined, *others = (term.groups(kv_heads) for term in self.parts)
         for theirs in others:
             combined = tuple(
-                HeadGroup(
-                    mine.heads,
-                    tuple(Part(a & b, s or t) for a, s in mine.parts for b, t in other.parts),
-                )
+                HeadGroup(mine.heads, tuple(Part(a & b, s or t) for a, s in mine.parts for b, t in other.parts))
                 for mine, other in intersections(combined, theirs)
             )
         return combined
 
 
 def check_int(what: str, value: object, *, least: int, remedy: str) -> None:
+    """Raise ValueError, with what is wrong with ``what``, unless the value is an integer and at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{what}: got {value!r}, expected an integer >= {least}; {remedy}")
 

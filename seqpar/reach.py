@@ -38,21 +38,22 @@ def reach(part: Part, queries: tuple[Positions, ...], length: int, kv_length: in
         steady = _linear(low, last_low, grown) & _linear(high, last_high, grown)
         touching = (last_low == low) | (torch.minimum(high - low, last_high - last_low) >= step)
         width, last_width = high - low, last_high - last_low
+        reached = list(zip(low, last_high, strict=True))
         done = steady & touching & seen
         if part.stripes is not None:
-            whole = _striped(part, low, high, last_low, last_high, length, kv_length)
-            width, last_width = (whole[1] - whole[0]).sum(1), (whole[3] - whole[2]).sum(1)
-            done &= (_linear(whole[0], whole[2], grown) & _linear(whole[1], whole[3], grown)).all(1)
+            low, high, last_low, last_high = _striped(part, low, high, last_low, last_high, length, kv_length)
+            width, last_width = (high - low).sum(1), (last_high - last_low).sum(1)
+            done &= (_linear(low, last_low, grown) & _linear(high, last_high, grown)).all(1)
         done = (done | (count == 1)).all(0)
         both = (width + last_width)[:, done].sum(0)
         pairs.index_add_(0, reader[done], count[done] * both // 2)
-        found += [torch.stack([reader[done], a[done], b[done]], 1) for a, b in zip(low, last_high, strict=True)]
+        found += [torch.stack([reader[done], a[done], b[done]], 1) for a, b in reached]
         runs = _halved(runs[~done])
-    whole_runs = torch.cat(found)
-    whole_runs = whole_runs[whole_runs[:, 2] > whole_runs[:, 1]]
-    whole_runs = whole_runs[torch.argsort(whole_runs[:, 0] * (kv_length + 1) + whole_runs[:, 1])]
-    each = torch.bincount(whole_runs[:, 0], minlength=len(queries)).tolist()
-    return tuple(union(x[:, 1:2].T, x[:, 2:].T.cummax(1).values) for x in whole_runs.split(each)), pairs
+    whole = torch.cat(found)
+    whole = whole[whole[:, 2] > whole[:, 1]]
+    whole = whole[torch.argsort(whole[:, 0] * (kv_length + 1) + whole[:, 1])]
+    each = torch.bincount(whole[:, 0], minlength=len(queries)).tolist()
+    return tuple(union(x[:, 1:2].T, x[:, 2:].T.cummax(1).values) for x in whole.split(each)), pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,12 @@ class Totals:
     striped: tuple[tuple[tuple[int, ...] | None, ...], ...]
     pairs: Tensor
     needed: Tensor
+
+    def seen_by(self, reader: int) -> Tensor:
+        """The keys that some query of a rank sees, ``[S, 2]``, where they are the same for all heads."""
+        (parts,) = self.segments
+        (seen,) = joined([theirs[reader : reader + 1] for theirs in parts])
+        return seen
 
 
 def totals(
@@ -130,6 +137,17 @@ def rows_needed(
             below = stripes.count_below(positions, ends, document_keys)
             needed[:, owner].index_add_(0, reader, (below[:, 1] - below[:, 0]).sum(0))
     return needed
+
+
+def forward_rows(keys: tuple[Positions, ...]) -> Tensor:
+    """``[reader, owner]`` of a forward ring: every rank gets everything."""
+    return torch.tensor([len(positions) for positions in keys]).expand(len(keys), -1)
+
+
+def busiest_rows(moved: Tensor) -> int:
+    """The most rows that any rank sends or receives, of ``moved [reader, owner]``."""
+    travelling = moved - moved.diagonal().diag()
+    return int(torch.maximum(travelling.sum(0), travelling.sum(1)).max())
 
 
 def striped_keys(part: Part, length: int, kv_length: int) -> tuple[int, ...] | None:

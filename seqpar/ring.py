@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,21 +29,32 @@ def forward(
     """
     if not q.shape[2]:  # Ulysses may leave a rank without heads
         return Partial.empty(q, v.shape[-1])
-    heads = [_Heads.of(group, q, k, repeats) for group in plan.work.groups]
+    sections = (block.sections for block in plan.work.blocks)
+    steps = zip(sections, plan.exchange(k, v), strict=True)
+    return attend(plan.work.groups, steps, q, k.shape[2], v.shape[3], sinks, scale, kernel, repeats)
+
+
+def attend(
+    groups: Sequence[HeadGroup], steps: Iterable[tuple[Sequence[Section], tuple[Tensor, Tensor]]],
+    q: Tensor, kv_heads: int, value_dim: int, sinks: Tensor | None, scale: float, kernel: Kernel,
+    repeats: tuple[int, ...] = (),
+) -> Partial:  # fmt: skip
+    """The sections of every step over the keys and values that are there in it, each continuing its group's partial."""
+    heads = [_Heads.of(group, q.shape[2], kv_heads, repeats) for group in groups]
     partials: list[Partial | None] = [None] * len(heads)
     if sinks is not None:
         for number, mine in enumerate(heads):
-            partial = partials[number] = Partial.empty(mine.of_tokens(q), v.shape[-1])
+            partial = partials[number] = Partial.empty(mine.of_tokens(q), value_dim)
             partial.lse.copy_(sinks[mine.queries].view(1, -1, 1).expand_as(partial.lse))
-    for block, arrived in zip(plan.work.blocks, plan.exchange(k, v), strict=True):
-        for section in block.sections:
+    for sections, arrived in steps:
+        for section in sections:
             if section.pairs:
                 mine, carry = heads[section.group], partials[section.group]
                 key, value = (mine.repeated(section.keys.take(x)) for x in arrived)
                 partials[section.group] = kernel.forward(
                     mine.of_tokens(q), key, value, mine.intervals(section), scale, carry, section.final
                 )
-    done = [p or Partial.empty(mine.of_tokens(q), v.shape[-1]) for mine, p in zip(heads, partials, strict=True)]
+    done = [p or Partial.empty(mine.of_tokens(q), value_dim) for mine, p in zip(heads, partials, strict=True)]
     if len(done) == 1:
         return done[0]
     return Partial(torch.cat([p.out for p in done], 2), torch.cat([p.lse for p in done], 1))
@@ -57,7 +69,7 @@ def backward(
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     if not q.shape[2]:
         return dq, torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    heads = [_Heads.of(group, q, k, repeats) for group in plan.work.groups]
+    heads = [_Heads.of(group, q.shape[2], k.shape[2], repeats) for group in plan.work.groups]
     grads = [mine.of_output(grad) for mine in heads]
     exchange = plan.exchange(k, v)
     for block, arrived in zip(plan.work.blocks, exchange, strict=True):
@@ -87,11 +99,11 @@ class _Heads(NamedTuple):
     repeats: tuple[int, ...]
 
     @classmethod
-    def of(cls, group: HeadGroup, q: Tensor, k: Tensor, repeats: tuple[int, ...]) -> _Heads:
+    def of(cls, group: HeadGroup, num_heads: int, kv_heads: int, repeats: tuple[int, ...]) -> _Heads:
         if group.heads is None:
             return cls(slice(None), repeats if max(repeats, default=1) > 1 else ())
-        each = repeats or (1,) * k.shape[2]
-        queries = q.shape[2] // max(1, sum(each))  # to a KV head as often as it is given
+        each = repeats or (1,) * kv_heads
+        queries = num_heads // max(1, sum(each))  # to a KV head as often as it is given
         first, last = group.heads.start, group.heads.stop
         mine = each[first:last]
         return cls(slice(sum(each[:first]) * queries, sum(each[:last]) * queries), mine if max(mine) > 1 else ())

@@ -60,6 +60,12 @@ def agree_once(plan: Plan, call: str, kind: dict[str, object], refusal: Exceptio
     plan.agreed.add(key)
 
 
+def check_scale(scale: float | None) -> None:
+    """Raise ValueError for a scale of the scores that is no finite number; None is the default's."""
+    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise ValueError(f"scale: got {scale!r}, expected a finite number; a learnable scale belongs into q")
+
+
 def check_types(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, kernel: str
 ) -> None:
@@ -73,8 +79,7 @@ def check_types(
                 raise ValueError(f"{name}: got {got}, expected a dense tensor; convert it")
             if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
                 raise ValueError(f"{name}: got a forward-mode tangent, expected none; differentiate in reverse mode")
-        if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
-            raise ValueError(f"scale: got {scale!r}, expected a finite number; a learnable scale belongs into q")
+        check_scale(scale)
         if not isinstance(kernel, str):
             raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(KERNEL_NAMES)}")
     except ValueError as error:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import seqpar
 from seqpar import Causal, Documents, Full, Layout, Mask, PrefixLM, SlidingWindow
 from seqpar.comm import Traffic, World, run_loopback
-from seqpar.itinerary import Itinerary, busiest_rows, itinerary
+from seqpar.itinerary import Itinerary, itinerary
+from seqpar.reach import busiest_rows
 from support.strategies import mask_cases
 
 TOKENS = 131_072

@@ -269,7 +269,8 @@ def test_pieces_of_heads_together_cover_each_head_s_intervals_once(monkeypatch: 
         both = [zip(*(head * queries)[:queries], strict=True) for head in heads]
         lo, hi = zip(*[[torch.tensor(sorted(x), dtype=torch.int32) for x in head] for head in both], strict=True)
         start, end = torch.stack(lo), torch.maximum(torch.stack(lo), torch.stack(hi))
-        found = pieces.cut_jointly(start, end)
+        apart = [cut_into_pieces(*head) for head in zip(start, end, strict=True)]
+        found = pieces.cut_jointly(start, end, apart)
         if found is None:
             return
         key = torch.arange(int(end.max()))

@@ -19,7 +19,7 @@ def test_it_writes_a_picture_and_says_what_it_shows(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("ranks", ["1", "3"])
-def test_few_ranks_and_dense_heads(ranks: str, tmp_path: Path) -> None:
+def test_few_ranks_and_dense_heads(ranks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "--ranks",
         ranks,
@@ -33,6 +33,8 @@ def test_few_ranks_and_dense_heads(ranks: str, tmp_path: Path) -> None:
         str(tmp_path / "x.png"),
     ]
     assert main(["picture", *options]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert ("the busiest rank moves" in capsys.readouterr().out) == (ranks == "3")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from seqpar import (
 )
 from seqpar.choosing import work_of
 from seqpar.comm import World, run_loopback
+from seqpar.costs import Call, cost
 from seqpar.itinerary import Itinerary, itinerary
 from seqpar.layouts import resolve_layout
 from seqpar.sections import Block, Section
@@ -286,6 +287,42 @@ def test_auto_chooses_for_masks_that_differ_by_head() -> None:
         for got, text in run_loopback(3, job):
             assert error(got, out) <= 1e-10
             assert "rows of one KV head each" in text
+
+
+def test_explain_counts_rows_of_one_head() -> None:
+    """The same unit in every step: this rank's 32 tokens have 4 heads each; of the others' some are needed."""
+
+    def job(w: World) -> tuple[str, int]:
+        plan = seqpar.plan(SparselySharded(16, 1, 4), length=64, group=w, layout="contiguous", heads=4)
+        return plan.explain(), int(plan.work.needed[1, 0])
+
+    text, needed = run_loopback(2, job)[1]
+    header, own, other = text.splitlines()[-3:]
+    assert header.endswith("pairs, rows of one KV head each")
+    assert own.split()[:3] == ["0", "1", "128"]
+    assert other.split()[:3] == ["1", "0", str(needed)]
+
+
+def test_the_predicted_cost_of_memory_by_hand() -> None:
+    """Rows that arrive are of one head each, this rank's own of all: where copying alone takes time."""
+    rates = seqpar.Rates(
+        forward=1e30,
+        backward=1e30,
+        call=1e-30,
+        backward_call=1e-30,
+        copy=1.0,
+        bandwidth=1e30,
+        latency=1e-30,
+        overlap=1.0,
+    )
+    mask, schedule = SparselySharded(16, 1, 4), Ring("direct")
+    held = resolve_layout("contiguous", mask, 64, 64, 2, 4)
+    work = work_of(schedule, mask, held, 64, 64, 2, 1, (4, 4))
+    predicted = cost(schedule, held, work, Call(4, 4, 8, 8, torch.float32, "cuda"), rates, 1)
+    row, arriving = (8 + 8) * 4, int(work.needed[1, 0])
+    assert 0 < arriving < 32 * 4
+    assert predicted.forward == pytest.approx(2 * arriving * row)
+    assert predicted.backward == pytest.approx(2 * arriving * row + 3 * (32 * 4 + arriving) * row + 2 * arriving * row)
 
 
 def test_traffic_of_other_heads_than_the_plan_was_told_is_refused() -> None:

@@ -117,8 +117,8 @@ def traffic() -> list[dict[str, object]]:
 def cache(heads: int = 8, dim: int = 128) -> list[dict[str, object]]:
     """Resident bytes of one layer's cache in bf16, beside a dense one's."""
     rows, mask = [], mask_of(8)
-    kept = seqpar.KVCache(mask, heads=heads, head_dim=dim, dtype=torch.bfloat16)
     for length in (1024, 4096, 16_384, 65_536):
+        kept = seqpar.KVCache(mask, heads=heads, head_dim=dim, dtype=torch.bfloat16, capacity=length + mask.block)
         while kept.length < length:
             x = torch.zeros(1, 1024, heads, dim, dtype=torch.bfloat16)
             kept.attend(x, x, x)
@@ -127,9 +127,8 @@ def cache(heads: int = 8, dim: int = 128) -> list[dict[str, object]]:
         dense = heads * length * 2 * dim * 2
         rows.append(
             {
-                "tokens": f"{length:,}", "pages per head": sum(kept.resident_pages) / heads,
-                "L + (i+1-L)/v": formula, "resident MB": kept.resident_bytes / 1e6,
-                "pool MB": (kept._k.numel() + kept._v.numel()) * 2 / 1e6, "dense MB": dense / 1e6,
+                "tokens": f"{length:,}", "pages per head": sum(kept.resident_pages()) / heads,
+                "L + (i+1-L)/v": formula, "resident MB": kept.resident_bytes / 1e6, "dense MB": dense / 1e6,
                 "of dense": kept.resident_bytes / dense,
             }
         )  # fmt: skip

@@ -6,13 +6,13 @@ order of their positions. Every pair of ranks exchanges one message each way, of
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .messages import Form, swap
 from .world import World
 
 
@@ -22,26 +22,26 @@ class Dealt(NamedTuple):
     heads: Sequence[slice]
     places: Sequence[Tensor]
 
-    def shape(self, x: Tensor, rank: int, heads_of: int) -> tuple[int, ...]:
-        """The part of ``x`` that is ``rank``'s tokens and the heads dealt to ``heads_of``."""
+    def form(self, x: Tensor, rank: int, heads_of: int) -> Form:
+        """Of the part of ``x`` that is ``rank``'s tokens and the heads dealt to ``heads_of``."""
         dealt = self.heads[heads_of]
-        return x.shape[0], len(self.places[rank]), dealt.stop - dealt.start, x.shape[3]
+        return (x.shape[0], len(self.places[rank]), dealt.stop - dealt.start, x.shape[3]), x.dtype
 
 
 def to_heads(world: World, tensors: Sequence[Tensor], dealing: Sequence[Dealt], kind: str) -> list[Tensor]:
-    """From this rank's tokens ``[B, T, H, D]`` of each tensor to its heads of all tokens; tensors of one dtype."""
+    """From this rank's tokens ``[B, T, H, D]`` of each tensor to its heads of all tokens."""
     both = list(zip(tensors, dealing, strict=True))
 
     def pack(peer: int, into: list[Tensor]) -> None:
         for (x, dealt), part in zip(both, into, strict=True):
             part.copy_(x[:, :, dealt.heads[peer]])
 
-    sent = [[dealt.shape(x, world.rank, peer) for x, dealt in both] for peer in range(world.size)]
-    arriving = [[dealt.shape(x, peer, world.rank) for x, dealt in both] for peer in range(world.size)]
-    received = _swap(world, pack, sent, arriving, tensors[0], kind)
+    sent = [[dealt.form(x, world.rank, peer) for x, dealt in both] for peer in range(world.size)]
+    arriving = [[dealt.form(x, peer, world.rank) for x, dealt in both] for peer in range(world.size)]
+    received = swap(world, pack, sent, arriving, tensors[0].device, kind)
     merged = []
     for i, (x, dealt) in enumerate(both):
-        batch, _, heads, dim = dealt.shape(x, world.rank, world.rank)
+        (batch, _, heads, dim), _ = dealt.form(x, world.rank, world.rank)
         whole = x.new_empty(batch, sum(map(len, dealt.places)), heads, dim)
         for rank, places in enumerate(dealt.places):
             part = x[:, :, dealt.heads[rank]] if rank == world.rank else received[rank][i]
@@ -63,14 +63,14 @@ def to_tokens(
         for (x, dealt), part in zip(both, into, strict=True):
             torch.index_select(x, 1, dealt.places[peer], out=part)
 
-    sent = [[dealt.shape(x, peer, world.rank) for x, dealt in both] for peer in range(world.size)]
-    arriving = [[dealt.shape(x, world.rank, peer) for x, dealt in both] for peer in range(world.size)]
-    received = _swap(world, pack, sent, arriving, tensors[0], kind)
+    sent = [[dealt.form(x, peer, world.rank) for x, dealt in both] for peer in range(world.size)]
+    arriving = [[dealt.form(x, world.rank, peer) for x, dealt in both] for peer in range(world.size)]
+    received = swap(world, pack, sent, arriving, tensors[0].device, kind)
     whole = []
     for i, ((x, dealt), heads) in enumerate(zip(both, num_heads, strict=True)):
-        batch, tokens, _, dim = dealt.shape(x, world.rank, world.rank)
-        parts = [part[i] for part in received]
-        parts[world.rank] = x.index_select(1, dealt.places[world.rank])
+        (batch, tokens, _, dim), _ = dealt.form(x, world.rank, world.rank)
+        own = x.index_select(1, dealt.places[world.rank])
+        parts = [own if rank == world.rank else part[i] for rank, part in enumerate(received)]
         if sum(part.stop - part.start for part in dealt.heads) == heads:
             whole.append(torch.cat(parts, 2))
             continue
@@ -79,34 +79,3 @@ def to_tokens(
             mine[:, :, dealt_to] += part
         whole.append(mine.to(x.dtype))
     return whole
-
-
-Shapes = Sequence[Sequence[tuple[int, ...]]]  # by rank, of each tensor's part
-
-
-def _swap(
-    world: World,
-    pack: Callable[[int, list[Tensor]], None],
-    sent: Shapes,
-    arriving: Shapes,
-    like: Tensor,
-    kind: str,
-) -> list[list[Tensor]]:
-    """One message to each peer, which ``pack`` fills, and one from each; by rank, nothing for this one."""
-    sends, receives = [], []
-    received = [[like.new_empty(0) for _ in shapes] for shapes in arriving]
-    for peer in (world.peer(step) for step in range(1, world.size)):
-        outgoing, parts = _message(like, sent[peer])
-        pack(peer, parts)
-        sends.append((peer, outgoing))
-        incoming, received[peer] = _message(like, arriving[peer])
-        receives.append((peer, incoming))
-    world.start(sends, receives, kind).wait()
-    return received
-
-
-def _message(like: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, list[Tensor]]:
-    """A flat message, to be filled, and its parts."""
-    sizes = [math.prod(shape) for shape in shapes]
-    message = like.new_empty(sum(sizes))
-    return message, [part.view(shape) for part, shape in zip(message.split(sizes), shapes, strict=True)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-KINDS = ("kv", "grad", "trade", "out", "lse", "dout", "dlse", "gather", "reduce", "agree", "probe")
-"""What seqpar sends: K and V, their gradients; heads for tokens, and what comes back of it; and all else."""
+_ATTENTION = ("kv", "grad", "trade", "out", "lse", "dout", "dlse", "q", "partial", "dq")
+KINDS = (*_ATTENTION, "gather", "reduce", "agree", "probe")
+"""What seqpar sends: K and V, their gradients, heads for tokens and what comes back; queries, partial results and the
+gradient of queries; and all else."""
 
 
 class Traffic(NamedTuple):

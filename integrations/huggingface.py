@@ -6,18 +6,28 @@
     logits = model(plan.shard(tokens), position_ids=plan.position_ids, use_cache=False, seqpar_plan=plan).logits
 
 The plan says who attends to whom: pass no attention_mask, and give it the documents, padding among them.
+
+To generate, `model.generate` takes a cache that is spread over ranks, and no plan:
+
+    cache = sharded_cache(model, capacity=100_000, group=group)
+    prefill(model, tokens, cache)  # the ranks share the prompt
+    model.generate(tokens, past_key_values=cache, max_new_tokens=200)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import seqpar
+from seqpar.comm import Group
 from seqpar.validation import ATTENTION, agree_once
+
+if TYPE_CHECKING:
+    from .generation import ShardedCache
 
 NAME = "seqpar"
 """What `attn_implementation` is called after `register()`."""
@@ -46,13 +56,86 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, no_mask)
 
 
-def no_mask(*, attention_mask: Tensor | None = None, config: Any = None, **_: Any) -> None:
-    """In place of the mask that transformers would make. Raises ValueError where model or caller wants its own."""
-    if attention_mask is not None:
-        raise ValueError(_unexpected("attention_mask", f"a tensor of shape {tuple(attention_mask.shape)}"))
+def sharded_cache(
+    model: Any,
+    *,
+    capacity: int,
+    batch: int = 1,
+    group: Group = None,
+    masks: Sequence[seqpar.Mask] | None = None,
+    chunk: int = 4096,
+    page: int | None = None,
+) -> ShardedCache:
+    """A cache for `model.generate(past_key_values=...)` whose keys and values are spread over the ranks of `group`.
+
+    capacity: tokens of a row, prompt and all. batch: rows. masks: of each layer; by default what the model's config
+    says: causal, with its windows. chunk: prompt tokens that go through the model at a time in `prefill`. Raises
+    ValueError for a model whose attention can't be taken over.
+    """
+    from .generation import ShardedCache
+
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "_attn_implementation", None) != NAME:
+        raise ValueError(
+            f"sharded_cache: got a model with attn_implementation={config._attn_implementation!r}, expected {NAME!r}; "
+            f"load it with attn_implementation={NAME!r}, after register()"
+        )
+    layers = config.num_hidden_layers
+    _check_layers(config, shared=seqpar.comm.connect(group).size > 1)
+    if masks is None:
+        windows = _windows(config)
+        masks = [seqpar.Causal() if window is None else seqpar.SlidingWindow(window - 1) for window in windows]
+    if len(masks) != layers:
+        raise ValueError(f"masks: got {len(masks)}, expected {layers}, one for each layer")
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    value_dim = getattr(config, "v_head_dim", None) or head_dim
+    if hasattr(config, "qk_nope_head_dim"):
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return ShardedCache(
+        list(masks), group, batch, chunk, heads=(heads, kv_heads), head_dim=(head_dim, value_dim), capacity=capacity,
+        dtype=model.dtype, device=model.device, page=page,
+    )  # fmt: skip
+
+
+def prefill(
+    model: Any,
+    input_ids: Tensor,
+    cache: ShardedCache,
+    *,
+    attention_mask: Tensor | None = None,
+    schedule: Any = "tree",
+    layout: str = "zigzag",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Put all but the last of the prompts' tokens into a cache; every rank computes its share of them.
+
+    input_ids: [B, T], whole and the same on every rank, padded on the left; attention_mask [B, T] says where. The last
+    token (and a few, where ranks could not share them) is left to `model.generate`, which is given the same input_ids,
+    attention_mask and cache. schedule: how the first chunk's tokens meet each other, see `seqpar.plan`; those of later
+    ones go to the keys. progress: called with the tokens done and their number after each chunk.
+    """
+    from . import generation
+
+    generation.prefill(model, input_ids, cache, attention_mask, schedule, layout, progress)
+
+
+def _windows(config: Any) -> list[int | None]:
+    """The window of each layer, None where it sees everything."""
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def no_mask(*, attention_mask: Tensor | None = None, config: Any = None, **_: Any) -> Tensor | None:
+    """In place of the mask that transformers would make: where padding is, which only a cache may have."""
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None:
         raise ValueError(_unexpected("attention_chunk_size", chunk, "use another attn_implementation for this model"))
+    return attention_mask
 
 
 def attention_forward(
@@ -78,35 +161,38 @@ def attention_forward(
     mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises
     ValueError for anything else that would change the result: nothing is dropped.
     """
+    cached = getattr(key, "_seqpar_cache", None)
     plans: Collection[Any] = ()
     if isinstance(seqpar_plan, Mapping):
         plans, seqpar_plan = seqpar_plan.values(), seqpar_plan.get(sliding_window)
     elif isinstance(seqpar_plan, Sequence):
         plans, seqpar_plan = seqpar_plan, _of_layer(seqpar_plan, module)
-    if seqpar_plan is None:
+    if seqpar_plan is None and cached is None:
         where = f" for layers with sliding_window={sliding_window}" if sliding_window is not None else ""
         raise ValueError(f"seqpar attention got no plan{where}; expected one: call model(..., seqpar_plan=plan)")
-    if attention_mask is not None:
+    if attention_mask is not None and cached is None:
         raise ValueError(_unexpected("attention_mask", f"a tensor of shape {tuple(attention_mask.shape)}"))
     if dropout:
         raise ValueError(_unexpected("dropout", dropout, "set attention_dropout=0 in the model's config"))
     if is_causal is False:
         raise ValueError(_unexpected("is_causal", is_causal))
-    if sliding_window is not None and not _has_window(seqpar_plan, sliding_window):
+    mask, length = (seqpar_plan.mask, seqpar_plan.kv_length) if cached is None else cached[0].room_of(cached[1])
+    if sliding_window is not None and not _has_window(mask, length, sliding_window):
         window = f"seqpar.SlidingWindow({sliding_window - 1}, 0)"
         raise ValueError(
-            f"seqpar attention got a layer with sliding_window={sliding_window} and a plan of {seqpar_plan.mask!r}; "
+            f"seqpar attention got a layer with sliding_window={sliding_window} and a plan of {mask!r}; "
             f"expected {window} in its mask: add it, or pass seqpar_plan={{window: plan, ...}} if layers differ"
         )
     for name, given in others.items():
         if given is not None and given is not False and name not in _BYSTANDERS:
             raise ValueError(_unexpected(name, _short(given), "leave it out, or use another attn_implementation"))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if cached is not None:
+        cache, layer = cached
+        return cache.attend(layer, q, k, v, attention_mask, seqpar_plan, scale=scaling, sinks=s_aux), None
     if getattr(module, "layer_idx", 0) == 0:
         _check_model(getattr(module, "config", None), seqpar_plan, plans, position_ids)
-    out = seqpar.attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), seqpar_plan, scale=scaling, sinks=s_aux
-    )
-    return out, None
+    return seqpar.attention(q, k, v, seqpar_plan, scale=scaling, sinks=s_aux), None
 
 
 # Layers that look at other tokens through attention alone.
@@ -129,8 +215,14 @@ def _check_model(config: Any, plan: seqpar.Plan, plans: Collection[Any], positio
             if position_ids.shape[-1:] != expected.shape[-1:] or bool((position_ids != expected).any()):
                 got = "other position_ids than the plan's (a model that gets none counts from 0 on every rank)"
                 raise ValueError(f"seqpar attention got {got}; expected those: pass position_ids=plan.position_ids")
-        if plan.world.size == 1:
-            return
+        _check_layers(config, shared=plan.world.size > 1)
+    except ValueError as error:
+        agree_once(plan, ATTENTION, {}, error)
+
+
+def _check_layers(config: Any, shared: bool) -> None:
+    """Raise ValueError where layers would see one rank's tokens only, or place them as if those were all."""
+    if shared:
         layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
         if layers:
             named = ", ".join(sorted(layers))
@@ -146,8 +238,6 @@ def _check_model(config: Any, plan: seqpar.Plan, plans: Collection[Any], positio
                 f"seqpar attention got a model with rope_type {', '.join(sorted(kinds))}, expected frequencies that do "
                 "not depend on the length of a call: set another rope_type in its config, or use one rank"
             )
-    except ValueError as error:
-        agree_once(plan, ATTENTION, {}, error)
 
 
 def _of_layer(plans: Sequence[Any], module: nn.Module) -> Any:
@@ -161,9 +251,9 @@ def _of_layer(plans: Sequence[Any], module: nn.Module) -> Any:
     return plans[layer]
 
 
-def _has_window(plan: Any, window: int) -> bool:
-    lefts = [term.left for term in plan.mask.terms if isinstance(term, seqpar.SlidingWindow)]
-    return window - 1 in lefts or (not lefts and window >= plan.kv_length)
+def _has_window(mask: seqpar.Mask, length: int, window: int) -> bool:
+    lefts = [term.left for term in mask.terms if isinstance(term, seqpar.SlidingWindow)]
+    return window - 1 in lefts or (not lefts and window >= length)
 
 
 def _unexpected(name: str, got: object, remedy: str = "say it in the plan's mask instead") -> str:

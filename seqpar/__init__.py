@@ -7,7 +7,7 @@ from .masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, SlidingWind
 from .operators import checkpoint_context
 from .planning import Plan, plan
 from .rates import Rates
-from .schedules import AllGather, Auto, DoubleRing, Ring, Ulysses
+from .schedules import AllGather, Auto, DoubleRing, Ring, Tree, Ulysses
 from .sparse import PerHead, SinkWindow, SparselySharded
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SinkWindow",
     "SlidingWindow",
     "SparselySharded",
+    "Tree",
     "Ulysses",
     "attention",
     "attention_with_lse",

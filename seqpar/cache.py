@@ -1,43 +1,54 @@
-"""Keys and values of what was generated so far, without those that no later query can see."""
+"""Keys and values of what was generated so far, spread over ranks, without those that no later query can see."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels import kernel_named
+from seqpar.comm import Dealt, Group, agree, connect, to_heads
+from seqpar.kernels import Kernel, Partial, kernel_named
 
-from .masks import Mask, check_int
-from .parts import HeadGroup, Part
+from . import tree
+from .functional import attention
+from .masks import Documents, Mask, check_int
+from .planning import Plan, fingerprint, plan
 from .ring import attend
-from .sections import Bound, Found, Section, Seen, section_of
+from .schedules import Schedule, Tree, node_size, resolve_schedule
+from .sections import Section
+from .stores import Appended, Store, limits
 from .validation import HeadShape, check_scale
 
-NEVER = 1 << 40  # a position that no text reaches
+CAPACITY, CHUNK, PAGE = 4096, 512, 64
 
 
 class KVCache:
-    """A growing sequence's keys and values, in pages per KV head, freed once the mask hides them from all that follows.
+    """Growing texts' keys and values, spread evenly over ranks, kept only while the mask lets a later query see them.
 
     ::
 
-        cache = seqpar.KVCache(seqpar.SparselySharded(64, 16, 8), heads=(32, 8), head_dim=128)
-        out = cache.attend(q, k, v)  # the next tokens' [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv] -> [B, T, H, Dv]
+        cache = seqpar.KVCache(mask, heads=(32, 8), head_dim=128, capacity=100_000, layers=32, group=group)
+        out = cache.attend(q, k, v, layer=0)  # the next tokens' [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv]
 
-    A causal head keeps everything; one with a window, the window; a sparsely-sharded one, its band and its stripes:
-    after ``i`` blocks ``local_blocks + (i - local_blocks) / stride`` pages. Results are those of the whole sequence at
-    once, also where several tokens are appended at a time. A long prompt is best appended some thousand tokens at a
-    time: what later ones can't see is freed in between, and memory that was needed once is kept.
+    Every rank calls it with the same tokens, keeps those keys that are its own, attends to them, and one exchange
+    merges what all ranks found (Tree attention): results are those of the whole text, and the same on every rank to the
+    last bit. Several tokens at once see each other as the mask says: so drafts are verified. All memory is taken at the
+    start. A causal head has room for ``capacity`` tokens, over all ranks; one with a window, for the window; a
+    sparsely-sharded one, for its band and its stripes.
 
     Args:
-        mask: as for :func:`seqpar.plan`, without documents: a cache holds one document (per batch row, of one length).
+        mask: as for :func:`seqpar.plan`, causal and without documents: a batch row holds one text.
         heads, head_dim: ``(query heads, KV heads)`` and ``(D, Dv)``, or one number for both.
+        capacity: tokens that each batch row may have.
         batch: rows.
+        layers: that share the mask; each has room of its own.
+        group: the ranks, as for :func:`seqpar.plan`; None for this one alone.
+        schedule: ``tree``, or a :class:`Tree` that says how partial results are merged.
         dtype, device: of what is kept.
-        page: tokens of a page; the mask's blocks where it has stripes, else 64.
-
-    Attributes:
-        length: tokens appended so far.
+        page: tokens that are kept on one rank before the next rank's turn; the mask's blocks where it has stripes.
+        chunk: the most tokens appended at once where a part of the mask forgets keys; longer calls are cut.
     """
 
     def __init__(
@@ -46,10 +57,15 @@ class KVCache:
         *,
         heads: int | tuple[int, int],
         head_dim: int | tuple[int, int],
+        capacity: int = CAPACITY,
         batch: int = 1,
+        layers: int = 1,
+        group: Group = None,
+        schedule: str | Tree = "tree",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         page: int | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         if not isinstance(mask, Mask):
             raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
@@ -61,178 +77,383 @@ class KVCache:
                 raise ValueError(f"{name}: got None, expected what the cache is to hold")
         assert shape.heads is not None, "checked just now"
         assert shape.head_dim is not None, "checked just now"
+        for name, number in (("capacity", capacity), ("chunk", chunk)):
+            check_int(name, number, least=1, remedy="it is a number of tokens")
         check_int("batch", batch, least=1, remedy="it is a number of rows")
+        check_int("layers", layers, least=1, remedy="it is a number of layers")
+        self.mask, self.world = mask, connect(group)
         self.heads, self.kv_heads = shape.heads
+        self.capacity, self.batch, self.layers, self.chunk = capacity, batch, layers, chunk
         mask.check(1, 1, self.kv_heads)
         every = range(self.kv_heads)
-        self._groups = [group.among(every) for group in mask.groups(self.kv_heads)]
-        blocks = {part.stripes.block for group in self._groups for part in group.parts if part.stripes is not None}
-        (self.page,) = blocks or {64 if page is None else page}
-        if page is not None and page != self.page:
-            raise ValueError(f"page: got {page}, expected {self.page}, the mask's block; leave it out")
-        check_int("page", self.page, least=1, remedy="it is a number of tokens")
-        self.length = 0
-        self._last = [[_limits(part, NEVER - 1)[1] for part in group.parts] for group in self._groups]
-        for group in self._groups:
-            if any(_limits(part, 0)[1] > 1 for part in group.parts):
-                raise ValueError(
-                    f"KVCache: got {mask!r}, under which queries see later keys, expected a causal mask; write "
-                    "mask & seqpar.Causal()"
-                )
-        dim, value_dim = shape.head_dim
-        self._k = torch.zeros(batch, 0, 1, dim, dtype=dtype, device=device)  # rows of one head each, page after page
-        self._v = torch.zeros(batch, 0, 1, value_dim, dtype=dtype, device=device)
-        self._free: list[int] = []  # pages
-        self._pages = torch.zeros(self.kv_heads, 0, dtype=torch.int64)  # of each head, by place in the text; -1: freed
+        self._groups = [each.among(every) for each in mask.groups(self.kv_heads)]
+        self.page = self._page(page)
+        self.schedule = self._tree(schedule)
+        self._levels = [x for x in self.world.split(node_size(self.schedule, self.world.size)) if x.size > 1]
+        self._stores, rows = [], 0
+        place, sizes = (self.world.rank, self.world.size), (capacity, min(chunk, capacity))
+        for number, each in enumerate(self._groups):
+            for part in each.parts:
+                if int(limits(part, torch.tensor(0))[1]) > 1:
+                    raise ValueError(
+                        f"KVCache: got {mask!r}, under which queries see later keys, expected a causal mask; write "
+                        "mask & seqpar.Causal()"
+                    )
+                store = Store.of(number, each, part, self.page, place, sizes, rows)
+                if store.rows:
+                    self._stores.append(store)
+                    rows += store.rows * len(store.heads)
+        self._k, self._v = (
+            [torch.zeros(batch, rows, 1, dim, dtype=dtype, device=device) for _ in range(layers)]
+            for dim in shape.head_dim
+        )
+        self._lengths = [[0] * batch for _ in range(layers)]
+        self._written = [[0] * batch for _ in range(layers)]  # the longest that each text was since it was freed
+        self._agreed = False
+        self._steps = lru_cache(maxsize=8)(self._step)  # all layers take the same
 
     @property
-    def resident_pages(self) -> list[int]:
-        """How many pages each KV head holds."""
-        return (self._pages >= 0).sum(1).tolist()
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each batch row that every layer has."""
+        return tuple(min(row) for row in zip(*self._lengths, strict=True))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row that every layer has."""
+        return max(self.lengths)
 
     @property
     def resident_bytes(self) -> int:
-        """Of the pages that are held, over all heads and batch rows."""
-        of_page = self._k.shape[0] * self.page * (self._k.shape[3] + self._v.shape[3]) * self._k.itemsize
-        return sum(self.resident_pages) * of_page
+        """What this rank holds: its room for all layers and batch rows, whatever is in it."""
+        return sum(x.nbytes for x in (*self._k, *self._v))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, kernel: str = "auto") -> Tensor:
-        """Append the next tokens' keys and values, and attend to all that their queries see.
+    def resident_pages(self, row: int = 0) -> list[int]:
+        """How many pages of a batch row this rank keeps for each KV head that later queries can see."""
+        length = self.lengths[row]
+        seen = torch.zeros(self.kv_heads, -(-length // self.page), dtype=torch.bool)
+        for store in self._stores:
+            seen[store.heads.start : store.heads.stop] |= store.pages(length)
+        return seen.sum(1).tolist()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int = 0,
+        counts: Sequence[int] | None = None,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+        kernel: str = "auto",
+    ) -> Tensor:
+        """Append the next tokens' keys and values, and attend to all that their queries see. Every rank calls it alike.
 
         Args:
-            q: ``[B, T, H, D]``, of the tokens that are appended.
+            q: ``[B, T, H, D]``, of the tokens that are appended, the same on every rank.
             k: ``[B, T, Hkv, D]``.
             v: ``[B, T, Hkv, Dv]``.
+            layer: whose keys they are.
+            counts: how many of the T tokens each batch row appends, its last ones; what stands before is padding, whose
+                output is 0. All of them by default.
             scale: of the scores; ``D ** -0.5`` by default.
+            sinks: softmax offsets ``[H]``.
             kernel: as for :func:`seqpar.attention`.
 
         Returns:
             ``[B, T, H, Dv]`` in q's dtype.
 
         Raises:
-            ValueError: for other shapes, dtypes or devices than the cache's; it is then as it was.
+            ValueError: for other shapes, dtypes or devices than the cache's, and for more tokens than fit; the cache is
+                then as it was. At a text's first call on every rank, where the ranks' caches or calls differ.
         """
-        self._check(q, k, v, scale)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        backend, count, pages = kernel_named(kernel), k.shape[1], self._pages.shape[1]
-        self._reserve(count)
-        sections = self._sections(count)
-        try:
-            backend.check(q, k, v, [section.intervals for section in sections])
-        except ValueError:
-            self._free += self._pages[:, pages:].flatten().tolist()
-            self.length, self._pages = self.length - count, self._pages[:, :pages]
-            raise
-        self._write(k, v)
-        there = [(sections, (self._k, self._v))]
-        partial = attend(self._groups, there, q, self.kv_heads, v.shape[3], None, scale, backend)
-        self._release()
-        return partial.out.to(q.dtype)
+        rows, backend = self._admit(q, k, v, layer, counts, scale, sinks, kernel)
+        partial = self._append(q, k, v, layer, rows, scale, sinks, backend)
+        return tree.merged(self._levels, partial, q.dtype, self.schedule.merge, wants_lse=False)[0]
 
-    def _sections(self, count: int) -> list[Section]:
-        """The kernel calls of the last ``count`` tokens' queries."""
-        queries, sections = torch.arange(self.length - count, self.length), []
-        for number, group in enumerate(self._groups):
-            for part in group.parts:
-                low, high = part.mask.intervals(queries, self.length, self.length)
-                if not bool((high > low).any()):
-                    continue
-                seen = Seen(part, Bound(low), Bound(high), ((0, self.length),))
-                sections += section_of(number, seen, [self._found(group, part, seen)], of_one_head=True)
-        return sections
+    def plan(
+        self, tokens: int, *, counts: Sequence[int] | None = None, layout: str = "zigzag",
+        schedule: str | Schedule = "tree",
+    ) -> Plan:  # fmt: skip
+        """A plan of the next ``tokens`` tokens, for ranks that share them: they go to :meth:`prefill` in every layer.
 
-    def _found(self, group: HeadGroup, part: Part, seen: Seen) -> list[Found]:
-        """The group's keys in a part that are held and that some query sees, and where they are."""
-        assert group.heads is not None, "groups are of heads here"
-        sees = seen.high.bounds > seen.low.bounds
-        low, high = int(seen.low.bounds[sees].min()), int(seen.high.bounds[sees].max())
-        places = torch.arange(low // self.page, -(-high // self.page))
-        found = []
-        for number, head in enumerate(group.heads):
-            mine = places
-            if part.stripes is not None:
-                mine = places[places % part.stripes.stride == part.stripes.residues[number]]
-            positions, rows = (
-                (x.unsqueeze(1) * self.page + torch.arange(self.page)).flatten()
-                for x in (mine, self._pages[head, mine])
+        ``schedule``: how the first tokens of a text meet each other; those that follow go to the keys where these are
+        (``tree``).
+        """
+        mask, resolved = self.mask, resolve_schedule(schedule, self.world.inside)
+        if counts is not None and min(counts) < tokens:
+            mask = mask & Documents([sorted({0, tokens - count, tokens}) for count in counts])
+        if isinstance(resolved, Tree) or self.length:
+            resolved = Tree("sharded")
+        heads = self.heads, self.kv_heads
+        dims, dtype = (self._k[0].shape[3], self._v[0].shape[3]), self._k[0].dtype
+        return plan(
+            mask,
+            length=tokens,
+            group=self.world,
+            layout=layout,
+            schedule=resolved,
+            heads=heads,
+            head_dim=dims,
+            dtype=dtype,
+        )
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        *,
+        layer: int = 0,
+        counts: Sequence[int] | None = None,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+        kernel: str = "auto",
+    ) -> Tensor:
+        """As :meth:`attend`, where each rank has its tokens of a :meth:`plan`, and gets their output.
+
+        Args:
+            q: ``[B, T, H, D]``, this rank's tokens of the plan; so are k and v.
+            plan: from :meth:`plan`.
+            layer, counts, scale, sinks, kernel: as for :meth:`attend`; ``counts`` of the plan's tokens.
+
+        Keys and values go to the ranks that keep them; where the plan's schedule is ``tree``, so do queries.
+        """
+        if plan.world is not self.world or q.dim() != 4 or q.shape[1] != len(plan.queries):
+            raise ValueError(
+                f"q: got shape {tuple(q.shape)}, expected [batch, {len(plan.queries)}, heads, head_dim], this rank's "
+                "tokens of a plan that cache.plan made"
             )
-            within = (positions >= low) & (positions < high)
-            assert bool((rows[within] >= 0).all()), "a page was freed that is still seen"
-            found.append(Found(positions[within], rows[within]))
+        whole, keys, values = (x[:, :1].expand(-1, plan.length, *x.shape[2:]) for x in (q, k, v))
+        rows, backend = self._admit(whole, keys, values, layer, counts, scale, sinks, kernel)
+        meets = isinstance(plan.schedule, Tree)
+        if not meets and any(self._lengths[layer]):
+            raise ValueError(
+                f"plan: got {plan.schedule} for tokens that follow {max(self._lengths[layer])} others, expected "
+                "queries that go to the keys; make it with cache.plan"
+            )
+        moved = [q, k, v] if meets else [k, v]
+        everyone = [slice(0, x.shape[2]) for x in moved]
+        dealt = [Dealt([heads] * self.world.size, plan.tokens_on(q.device)) for heads in everyone]
+        out = None if meets else attention(q, k, v, plan, scale=scale, sinks=sinks, kernel=kernel)
+        *queries, keys, values = to_heads(self.world, moved, dealt, "kv")
+        partial = self._append(queries[0] if meets else None, keys, values, layer, rows, scale, sinks, backend)
+        return tree.merged_of_tokens(plan, partial, q.dtype)[0] if out is None else out
+
+    def truncate(self, length: int | Sequence[int]) -> None:
+        """Forget all but the first tokens of every row: of each row so many, where a list is given. On all ranks alike.
+
+        Raises ValueError, and changes nothing, for more tokens than there are, and where keys that the next query would
+        see were given up: at least the last :attr:`chunk` tokens can always be taken back.
+        """
+        wanted = [length] * self.batch if isinstance(length, int) else list(length)
+        if len(wanted) != self.batch or not all(isinstance(x, int) and x >= 0 for x in wanted):
+            raise ValueError(
+                f"length: got {length!r}, expected a number of tokens, or one for each of {self.batch} rows"
+            )
+        for lengths, written in zip(self._lengths, self._written, strict=True):
+            for row, (n, had, most) in enumerate(zip(wanted, lengths, written, strict=True)):
+                if n > had:
+                    raise ValueError(f"length: got {n} for row {row}, expected at most {had}, its length")
+                if n < had and not all(store.holds(n, most) for store in self._stores):
+                    raise ValueError(
+                        f"length: got {n} for row {row} of {had} tokens, expected at least "
+                        f"{max(0, most - self.chunk)}: keys that its next query would see were let go; free the row"
+                    )
+        self._lengths = [[int(n) for n in wanted] for _ in self._lengths]
+        self._agreed = False
+
+    def free(self, rows: Iterable[int] | None = None) -> None:
+        """Forget the texts of some rows, or of all, which may then begin anew. On all ranks alike."""
+        for row in range(self.batch) if rows is None else self._rows(rows):
+            for layer in range(self.layers):
+                self._lengths[layer][row] = self._written[layer][row] = 0
+        self._agreed = False
+
+    def fork(self, row: int, into: int | Sequence[int]) -> None:
+        """Give other rows the text of ``row``, from which they then go on by themselves. On all ranks alike."""
+        (row,), targets = self._rows([row]), self._rows([into] if isinstance(into, int) else into)
+        order = list(range(self.batch))
+        for target in targets:
+            order[target] = row
+        self.reorder(order)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let each row continue the text of another: row ``i`` that of ``rows[i]``, as in beam search."""
+        order = self._rows(rows)
+        if len(order) != self.batch:
+            raise ValueError(f"rows: got {len(order)}, expected {self.batch}, whose text each row is to continue")
+        changed = [row for row, source in enumerate(order) if row != source]
+        sources = [order[row] for row in changed]
+        for x in (*self._k, *self._v):
+            x[changed] = x[sources]
+        for values in (*self._lengths, *self._written):
+            values[:] = [values[source] for source in order]
+        self._agreed = False
+
+    def _append(
+        self, q: Tensor | None, k: Tensor, v: Tensor, layer: int, counts: Sequence[int], scale: float | None,
+        sinks: Tensor | None, backend: Kernel,
+    ) -> Partial:  # fmt: skip
+        """Write new tokens, and attend with their queries (if any) to what is here; some at a time where keys go."""
+        partials = []
+        for new, some in self._cut(k.shape[1], counts):
+            step = self._advance(layer, some, new.stop - new.start)
+            for into, x in ((self._k[layer], k[:, new]), (self._v[layer], v[:, new])):
+                taken, put = step.moves_on(x.device)
+                into.view(-1, x.shape[3]).index_copy_(0, put, x.reshape(-1, x.shape[3]).index_select(0, taken))
+            if q is not None:
+                there = [(step.sections, (self._k[layer], self._v[layer]))]
+                mine = sinks if self.world.rank == 0 else None
+                factor = q.shape[3] ** -0.5 if scale is None else scale
+                partials.append(
+                    attend(self._groups, there, q[:, new], self.kv_heads, v.shape[3], mine, factor, backend)
+                )
+        if len(partials) == 1:
+            return partials[0]
+        empty = k.new_empty(0)
+        outs, lses = [p.out for p in partials] or [empty], [p.lse for p in partials] or [empty]
+        return Partial(torch.cat(outs, 1 if partials else 0), torch.cat(lses, -1))
+
+    def _cut(self, tokens: int, counts: Sequence[int]) -> list[tuple[slice, tuple[int, ...]]]:
+        """Slices of the tokens, and how many of each every row appends."""
+        size = self.chunk if any(store.forgets for store in self._stores) else tokens
+        cuts = []
+        for first in range(0, tokens, size):
+            end = min(first + size, tokens)
+            cuts.append((slice(first, end), tuple(max(0, end - max(first, tokens - count)) for count in counts)))
+        return cuts
+
+    def _advance(self, layer: int, counts: Sequence[int], tokens: int) -> _Step:
+        lengths, written = self._lengths[layer], self._written[layer]
+        lengths[:] = [length + count for length, count in zip(lengths, counts, strict=True)]
+        written[:] = [max(pair) for pair in zip(written, lengths, strict=True)]
+        return self._steps(tuple(map(Appended, lengths, counts)), tokens)
+
+    def _step(self, appended: tuple[Appended, ...], tokens: int) -> _Step:
+        """What every layer does with new tokens."""
+        taken, put, rows = [], [], self._k[0].shape[1]
+        for number, row in enumerate(appended):
+            for store in self._stores:
+                token, head, into = store.writes(row)
+                first = number * tokens + tokens - row.new
+                taken.append((first + token) * self.kv_heads + head)
+                put.append(number * rows + into)
+        sections = [section for store in self._stores for section in store.sections(appended, tokens)]
+        none = torch.zeros(0, dtype=torch.int64)
+        return _Step(tuple(sections), torch.cat([none, *taken]), torch.cat([none, *put]))
+
+    def _page(self, page: int | None) -> int:
+        blocks = {part.stripes.block for group in self._groups for part in group.parts if part.stripes is not None}
+        (found,) = blocks or {PAGE if page is None else page}
+        if page is not None and page != found:
+            raise ValueError(f"page: got {page}, expected {found}, the mask's block; leave it out")
+        check_int("page", found, least=1, remedy="it is a number of tokens")
         return found
 
-    def _reserve(self, count: int) -> None:
-        """Take pages of each head for so many more tokens."""
-        self.length += count
-        missing = -(-self.length // self.page) - self._pages.shape[1]
-        if missing > 0:
-            taken = torch.tensor(self._take(missing * self.kv_heads)).view(self.kv_heads, missing)
-            self._pages = torch.cat([self._pages, taken], 1)
+    def _tree(self, schedule: str | Tree) -> Tree:
+        found = resolve_schedule(schedule, self.world.inside)
+        if not isinstance(found, Tree) or not found.replicated:
+            raise ValueError(f"schedule: got {schedule!r}, expected 'tree' or a seqpar.Tree(merge=, degree=)")
+        return found
 
-    def _write(self, k: Tensor, v: Tensor) -> None:
-        """Write the last tokens to pages of their own heads."""
-        positions = torch.arange(self.length - k.shape[1], self.length)
-        rows = self._pages[:, positions // self.page] * self.page + positions % self.page  # [heads, T]
-        for into, x in ((self._k, k), (self._v, v)):
-            into[:, rows.to(into.device).flatten(), 0] = x.transpose(1, 2).flatten(1, 2)
+    def _rows(self, rows: Iterable[int]) -> list[int]:
+        found = list(rows)
+        for row in found:
+            if not isinstance(row, int) or not 0 <= row < self.batch:
+                raise ValueError(f"row: got {row!r}, expected 0 .. {self.batch - 1}")
+        return [int(row) for row in found]
 
-    def _take(self, count: int) -> list[int]:
-        """Pages that are free; more are made by an eighth of what there is, where there are too few."""
-        if count > len(self._free):
-            have = self._k.shape[1] // self.page
-            more = max(count - len(self._free), have // 8)
-            self._free += range(have, have + more)
-            self._k, self._v = (
-                torch.cat([x, x.new_zeros(x.shape[0], more * self.page, 1, x.shape[3])], 1) for x in (self._k, self._v)
-            )
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken
+    def _admit(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, counts: Sequence[int] | None, scale: float | None,
+        sinks: Tensor | None, kernel: str,
+    ) -> tuple[list[int], Kernel]:  # fmt: skip
+        """How many tokens each row appends, and the kernel; ValueError for what can't be: on all ranks at first."""
+        found, refusal = None, None
+        try:
+            found = self._check(q, k, v, layer, counts, scale, sinks), kernel_named(kernel)
+            found[1].check(q, self._k[layer][:, :1].expand(-1, 1, self.kv_heads, -1), v, [])
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            refusal = error
+        if self._agreed and refusal is not None:
+            raise refusal
+        if not self._agreed:
+            agree(self.world, "seqpar.KVCache", self._fields(q, v, counts, scale, kernel), refusal)
+            self._agreed = True
+        assert found is not None, "an inadmissible call was agreed on"
+        return found
 
-    def _release(self) -> None:
-        """Free every page of which the next query, and so each later one, sees nothing."""
-        begin = torch.arange(self._pages.shape[1]) * self.page
-        kept = torch.zeros_like(self._pages, dtype=torch.bool)
-        for group, lasts in zip(self._groups, self._last, strict=True):
-            assert group.heads is not None, "groups are of heads here"
-            heads = kept[group.heads.start : group.heads.stop]
-            for part, last in zip(group.parts, lasts, strict=True):
-                low, _ = _limits(part, self.length)
-                seen = (begin + self.page > low) & (begin < last) & (low < last)
-                if part.stripes is not None:
-                    seen = seen & part.stripes.hold(begin, (0, NEVER))
-                heads |= seen
-        freed = (self._pages >= 0) & ~kept
-        self._free += self._pages[freed].tolist()
-        self._pages[freed] = -1
+    def _fields(
+        self, q: Tensor, v: Tensor, counts: Sequence[int] | None, scale: float | None, kernel: str
+    ) -> dict[str, object]:
+        """What all ranks must have in common: the cache, what is in it, and the call."""
+        return {
+            "mask": fingerprint(self.mask),
+            "heads": (self.heads, self.kv_heads),
+            "head_dim": (self._k[0].shape[3], self._v[0].shape[3]),
+            "dtype": self._k[0].dtype,
+            "capacity": (self.capacity, self.page, self.chunk),
+            "batch and layers": (self.batch, self.layers),
+            "schedule": self.schedule,
+            "lengths": self._lengths,
+            "tokens": (tuple(q.shape[:2]), counts if counts is None else list(counts)),
+            "scale": scale,
+            "kernel": kernel,
+        }
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    def _check(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, counts: Sequence[int] | None, scale: float | None,
+        sinks: Tensor | None,
+    ) -> list[int]:  # fmt: skip
+        if not isinstance(layer, int) or not 0 <= layer < self.layers:
+            raise ValueError(f"layer: got {layer!r}, expected 0 .. {self.layers - 1}; make the cache with more layers")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError(
                 "KVCache: got inputs that require gradients, expected none, for nothing differentiates a cache; call "
                 "it under torch.no_grad()"
             )
         check_scale(scale)
-        batch, _, _, dim = self._k.shape
-        tokens = q.shape[1] if q.dim() == 4 else 0
+        own, tokens = self._k[layer], q.shape[1] if q.dim() == 4 else 0
         for name, x, heads, width in (
-            ("q", q, self.heads, dim),
-            ("k", k, self.kv_heads, dim),
-            ("v", v, self.kv_heads, self._v.shape[3]),
+            ("q", q, self.heads, own.shape[3]),
+            ("k", k, self.kv_heads, own.shape[3]),
+            ("v", v, self.kv_heads, self._v[layer].shape[3]),
         ):
-            if tuple(x.shape) != (batch, tokens, heads, width) or not tokens:
-                expected = f"[{batch}, tokens, {heads}, {width}], of as many tokens, at least one, in q, k and v"
+            if tuple(x.shape) != (self.batch, tokens, heads, width) or not tokens:
+                expected = f"[{self.batch}, tokens, {heads}, {width}], of as many tokens, at least one, in q, k and v"
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
-            if x.dtype != self._k.dtype or x.device != self._k.device:
+            if x.dtype != own.dtype or x.device != own.device:
                 raise ValueError(
-                    f"{name}: got {x.dtype} on {x.device}, expected the cache's {self._k.dtype} on {self._k.device}"
+                    f"{name}: got {x.dtype} on {x.device}, expected the cache's {own.dtype} on {own.device}"
                 )
+        if sinks is not None and (tuple(sinks.shape) != (self.heads,) or sinks.device != own.device):
+            raise ValueError(
+                f"sinks: got {tuple(sinks.shape)} on {sinks.device}, expected [{self.heads}] on {own.device}"
+            )
+        rows = [tokens] * self.batch if counts is None else list(counts)
+        if len(rows) != self.batch or not all(isinstance(n, int) and 0 <= n <= tokens for n in rows):
+            raise ValueError(f"counts: got {counts!r}, expected 0 .. {tokens} for each of {self.batch} rows")
+        for row, (length, count) in enumerate(zip(self._lengths[layer], rows, strict=True)):
+            if length + count > self.capacity:
+                raise ValueError(
+                    f"KVCache: got {count} tokens for row {row}, which has {length}, expected at most "
+                    f"{self.capacity - length}, for capacity={self.capacity}; make it with a larger capacity, or free "
+                    "or truncate the row"
+                )
+        return [int(n) for n in rows]
 
 
-def _limits(part: Part, query: int) -> tuple[int, int]:
-    """Before which key, and from which on, neither a query nor a later one (an earlier one) sees anything in a part.
+class _Step:
+    """What every layer does with new tokens: which rows of k and v go where, and the kernel calls."""
 
-    Of each term by itself: of an interval that is empty, :meth:`Mask.intervals` says nothing of either end.
-    """
-    at, many = torch.tensor([query]), torch.tensor(NEVER)
-    rules = [term.rule(at, many, many) for term in part.mask.terms]
-    return max(int(low) for low, _ in rules), min(int(high) for _, high in rules)
+    def __init__(self, sections: tuple[Section, ...], taken: Tensor, put: Tensor) -> None:
+        self.sections = sections
+        self._moves = {taken.device: (taken, put)}
+
+    def moves_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows of one head each: of all new tokens, and of the cache; int64."""
+        if device not in self._moves:
+            taken, put = self._moves[torch.device("cpu")]
+            self._moves[device] = taken.to(device), put.to(device)
+        return self._moves[device]

@@ -15,7 +15,7 @@ from .itinerary import Itinerary, itinerary
 from .layouts import Layout, resolve_layout
 from .masks import Mask
 from .rates import Rates
-from .schedules import AllGather, Auto, DoubleRing, Inner, Ring, Schedule, Ulysses, heads_degree
+from .schedules import AllGather, Auto, DoubleRing, Ring, Schedule, Tree, Ulysses, heads_degree
 
 UNEVEN = 1.1  # the most tokens a rank may hold, over the mean: the rest of the model waits for that rank
 ALIKE = 1.01  # predictions that differ by less are as good as equal: then the fewest bytes decide
@@ -40,22 +40,33 @@ class Decision:
     rates: Rates
 
 
-def schedules_to_try(asked: Schedule | Auto, world: int, inside: int | None) -> list[Schedule]:
-    """What a schedule may turn out to be; of equals the first is taken."""
+def schedules_to_try(
+    asked: Schedule | Auto, world: int, inside: int | None, *, fewer_queries: bool = False
+) -> list[Schedule]:
+    """What a schedule may turn out to be; of equals the first is taken. Queries go to keys where they are fewer."""
     if not isinstance(asked, Auto):
         return [asked]
     found: list[Schedule] = [Ring("direct"), *([Ring("forward")] if world > 2 else []), AllGather(), Ulysses()]
     if inside is not None and 1 < inside < world:
         found += [DoubleRing(inside), Ulysses(degree=inside)]
+    if fewer_queries:
+        found.append(Tree("sharded"))
     return found
 
 
 def layouts_to_try(
-    asked: str | Layout, mask: Mask, length: int, kv_length: int, world: int, kv_heads: int | None = None
+    asked: str | Layout,
+    mask: Mask,
+    length: int,
+    kv_length: int,
+    world: int,
+    kv_heads: int | None = None,
+    replicated: bool = False,
 ) -> list[Layout]:
     """What a layout may turn out to be: those that hold about as many tokens on every rank."""
-    if asked != "auto":
-        return [resolve_layout(asked, mask, length, kv_length, world, kv_heads)]
+    if asked != "auto" or replicated:  # of replicated queries, work is as even as keys
+        name = "zigzag" if asked == "auto" else asked
+        return [resolve_layout(name, mask, length, kv_length, world, kv_heads, replicated)]
     names = ["zigzag", "balanced"]
     documents = mask.documents
     if documents is not None and len(documents.queries) == 1:
@@ -79,7 +90,7 @@ def work_of(
 ) -> Itinerary:
     """The itinerary of a rank; in Ulysses of the ranks that it trades with, as one, for the heads that it gets."""
     degree = heads_degree(schedule, world)
-    inner: Inner = schedule.inner if isinstance(schedule, Ulysses) else schedule
+    inner = schedule.inner if isinstance(schedule, Ulysses) else schedule
     whole = mask, held.merged(degree), inner, length, kv_length, world // degree, rank // degree
     if not mask.by_head or heads is None:
         return itinerary(*whole)

@@ -17,9 +17,10 @@ from .dealing import deal_heads
 from .itinerary import Itinerary
 from .layouts import Layout
 from .rates import Rates
-from .schedules import Inner, Schedule, Ulysses
+from .schedules import Inner, Schedule, Tree, Ulysses
 from .sections import Block
 from .trading import messages
+from .tree import traffic
 from .validation import HeadShape
 
 MASK_CALLS = 2  # as much time as filling in the mask of a ragged tile takes
@@ -75,6 +76,8 @@ class Cost:
 
 def cost(schedule: Schedule, layout: Layout, work: Itinerary, call: Call, rates: Rates, rank: int) -> Cost:
     """What ``rank`` pays in forward and backward, where ``work`` is its itinerary (or its block's, in Ulysses)."""
+    if isinstance(schedule, Tree):
+        return _meet(schedule, work, call, rates, rank)
     if not isinstance(schedule, Ulysses):
         return _attend(work, call, rates, rates.node or len(layout.queries), grad_wire(schedule, call.dtype))
     degree, node = len(layout.queries) // work.world, rates.node or len(layout.queries)
@@ -104,6 +107,24 @@ def cost(schedule: Schedule, layout: Layout, work: Itinerary, call: Call, rates:
         bytes=inner.bytes + sent,
         memory=inner.memory + 2 * traded * size,
     )
+
+
+def _meet(schedule: Tree, work: Itinerary, call: Call, rates: Rates, rank: int) -> Cost:
+    """Kernels, and before and after them what travels of queries and partial results, with nothing to hide behind."""
+    attended = _attend(work, call, rates, work.world, accumulator_dtype(call.dtype))
+    layout, world, size = work.layout, work.world, call.dtype.itemsize
+    node = min(rates.node or world, world)
+    levels = traffic(schedule, layout, 1, call.heads, (call.dim, call.value_dim), call.dtype, rank)
+    seconds = {"forward": attended.forward, "backward": attended.backward}
+    for way, sent in levels.items():
+        for n, (calls, count) in enumerate(sent):
+            inside = (node - 1) / (world - 1) if len(sent) == 1 else float(n == 0)
+            near, far = ((round(calls * x), round(count * x)) for x in (inside, 1 - inside))
+            seconds[way] += rates.transfer(near, far) + 3 * count / rates.copy  # packed, received, merged
+    rows = sum(map(len, layout.queries)) if not schedule.replicated else len(layout.queries[rank])
+    row = call.heads * (call.dim + call.value_dim) * (size + accumulator_dtype(call.dtype).itemsize)
+    total = sum(count for sent in levels.values() for _, count in sent)
+    return Cost(seconds["forward"], seconds["backward"], attended.kernel, total, rows * row)
 
 
 def _attend(work: Itinerary, call: Call, rates: Rates, node: int, wire: torch.dtype) -> Cost:
@@ -165,7 +186,7 @@ def _fetches(work: Itinerary, node: int) -> list[tuple[Link, Link]]:
     """What arrives while each block is computed: messages and rows from inside the node, and from outside."""
     nothing: tuple[Link, Link] = ((0, 0), (0, 0))
     fetches = [nothing] * len(work.blocks)
-    if work.world == 1:
+    if work.world == 1 or work.exchange == "none":
         return fetches
     if work.exchange == "gather":
         lengths = [len(keys) for keys in work.layout.keys]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from seqpar.kernels import AUTO, DIRECTIONS, Shape
 
 from .reach import busiest_rows, forward_rows
-from .schedules import AllGather, Ring
+from .schedules import AllGather, Ring, Tree
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -49,6 +49,9 @@ def _why(plan: Plan) -> str:
         )
     if plan.world.size == 1:
         return "nothing travels"
+    if isinstance(plan.schedule, Tree):
+        whose = "every rank holds all queries" if plan.replicated else "queries are gathered"
+        return f"{whose}, keys stay where they are, and partial results are merged"
     if isinstance(plan.schedule, AllGather):
         return "every rank holds all keys at once"
     if not isinstance(plan.schedule, Ring):

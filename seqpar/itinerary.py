@@ -15,10 +15,10 @@ from .masks import Mask
 from .parts import HeadGroup, dealt
 from .positions import Positions
 from .reach import Totals, busiest_rows, forward_rows, totals
-from .schedules import AllGather, DoubleRing, Inner, ring_size
+from .schedules import AllGather, DoubleRing, Inner, Tree, ring_size
 from .sections import Block, Seen, block_of_heads, block_of_tokens, marked_final, single_rows, wanted_rows
 
-Travel = Literal["forward", "direct", "gather"]
+Travel = Literal["forward", "direct", "gather", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +32,10 @@ class Itinerary:
         kv_heads: how many KV heads there are, where they see different keys; else None.
         blocks: in the order in which they are computed: keys of the ranks in :func:`ring_order`, or of this one and of
             all others.
-        exchange: how keys travel.
+        exchange: how keys travel; ``none`` where all queries come to them.
         inside: how many consecutive ranks form a ring of their own, in a ring of such rings; else all of them.
-        totals: what all ranks reach; a direct exchange moves just the rows that are needed.
+        reached: what all ranks reach, where keys travel; a direct exchange moves just the rows that are needed.
+        seen: by group of heads and its parts, what the queries see that are computed with here.
     """
 
     rank: int
@@ -44,12 +45,22 @@ class Itinerary:
     blocks: tuple[Block, ...]
     exchange: Travel
     inside: int
-    totals: Totals
+    reached: Totals | None
+    seen: list[list[Seen]]
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """See :class:`Totals`; of each rank's keys, where all queries come to them."""
+        if self.exchange != "none":
+            return self.totals.pairs
+        held = enumerate(self.layout.keys)
+        return torch.tensor([block_of_tokens(r, keys, self.groups, self.seen, self.kv_heads).pairs for r, keys in held])
 
     @property
-    def pairs(self) -> Tensor:
-        """See :class:`Totals`."""
-        return self.totals.pairs
+    def totals(self) -> Totals:
+        """What all ranks reach."""
+        assert self.reached is not None, "queries come to all keys"
+        return self.reached
 
     @property
     def needed(self) -> Tensor:
@@ -103,6 +114,8 @@ class Itinerary:
     def messages(self, rank: int, *, grads: bool) -> list[int]:
         """The rows of each message that ``rank`` sends in one pass: K and V, or their gradients on the way home."""
         others = [(rank + step) % self.world for step in range(1, self.world)]
+        if self.exchange == "none":
+            return []
         if self.exchange == "direct":
             needed = self.needed if grads else self.needed.t()
             rows = [int(needed[rank, peer]) for peer in others]
@@ -122,7 +135,7 @@ class Itinerary:
 def itinerary(
     mask: Mask,
     layout: str | Layout,
-    schedule: Inner,
+    schedule: Inner | Tree,
     length: int,
     kv_length: int,
     world: int,
@@ -138,26 +151,31 @@ def itinerary(
     kept: every layer and every plan of the same batch shares one.
     """
     mask.check(length, kv_length, kv_heads)
-    layout = resolve_layout(layout, mask, length, kv_length, world, kv_heads)
+    replicated = isinstance(schedule, Tree) and schedule.replicated
+    layout = resolve_layout(layout, mask, length, kv_length, world, kv_heads, replicated)
     mine = range(kv_heads or 0) if mine is None else mine
     count = len(mine) if mask.by_head else None
     groups = dealt(mask.groups(kv_heads), mine) if mask.by_head else mask.groups(None)
+    queries = torch.arange(length) if isinstance(schedule, Tree) else layout.queries[rank].tensor
+    seen = [[Seen.of(part, queries, length, kv_length) for part in g.parts] for g in groups]
+    if isinstance(schedule, Tree):
+        blocks = marked_final([block_of_tokens(rank, layout.keys[rank], groups, seen, count)], len(groups))
+        return Itinerary(rank, layout, groups, count, blocks, "none", world, None, seen)
     reached = reach_of(groups, layout, length, kv_length)
     exchange = _choose_exchange(schedule, reached.needed, layout.keys, 1 if count is None else count)
     inside = ring_size(schedule, world)
-    seen = [[Seen.of(part, layout.queries[rank].tensor, length, kv_length) for part in g.parts] for g in groups]
 
-    blocks = []
+    found = []
     for source, keys in _arrivals(exchange, layout.keys, ring_order(rank, world, inside)):
         if exchange != "direct" or source == rank:
-            blocks.append(block_of_tokens(source, keys, groups, seen, count))
+            found.append(block_of_tokens(source, keys, groups, seen, count))
         elif count is None:
-            blocks.append(block_of_tokens(source, keys.within(reached.seen_by(rank)), groups, seen, count))
+            found.append(block_of_tokens(source, keys.within(reached.seen_by(rank)), groups, seen, count))
         else:
             assert source is not None, "keys are sent directly by one rank each"
             wanted = wanted_rows(groups, reached, rank, keys)
-            blocks.append(block_of_heads(source, keys, wanted, groups, seen))
-    return Itinerary(rank, layout, groups, count, marked_final(blocks, len(groups)), exchange, inside, reached)
+            found.append(block_of_heads(source, keys, wanted, groups, seen))
+    return Itinerary(rank, layout, groups, count, marked_final(found, len(groups)), exchange, inside, reached, seen)
 
 
 @lru_cache(maxsize=32)

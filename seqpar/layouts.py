@@ -11,7 +11,7 @@ from numbers import Integral
 import torch
 
 from .balancing import balanced, default_chunk
-from .masks import Mask
+from .masks import Causal, Documents, Mask
 from .positions import Positions
 
 LAYOUT_NAMES = ("contiguous", "zigzag", "striped", "balanced", "document_zigzag", "whole_documents")
@@ -73,6 +73,11 @@ class Layout:
         """Everything that tells this layout from another, as plain values."""
         return [[positions.content for positions in held] for held in (self.queries, self.keys)]
 
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all queries."""
+        return len(self.queries) > 1 and all(queries == self.queries[0] for queries in self.queries)
+
     def merged(self, ranks: int) -> Layout:
         """What every ``ranks`` consecutive ranks hold together."""
         return self if ranks == 1 else Layout(self.name, merged(self.queries, ranks), merged(self.keys, ranks))
@@ -89,26 +94,57 @@ def merged(held: tuple[Positions, ...], ranks: int) -> tuple[Positions, ...]:
 
 
 def resolve_layout(
-    layout: str | Layout, mask: Mask, length: int, kv_length: int, world: int, kv_heads: int | None = None
+    layout: str | Layout,
+    mask: Mask,
+    length: int,
+    kv_length: int,
+    world: int,
+    kv_heads: int | None = None,
+    replicated: bool = False,
 ) -> Layout:
-    """The layout that the ``layout=`` of :func:`seqpar.plan` means; ValueError where it does not fit."""
+    """The layout that the ``layout=`` of :func:`seqpar.plan` means; ValueError where it does not fit.
+
+    ``replicated``: every rank holds all queries, and the layout deals the keys.
+    """
+    if replicated:
+        return _replicated(layout, mask, length, kv_length, world, kv_heads)
     if isinstance(layout, str):
         if layout not in LAYOUT_NAMES:
             expected = f"one of {', '.join(LAYOUT_NAMES)}, auto, another plan's .layout, or positions per rank"
             raise ValueError(f"layout: got {layout!r}, expected {expected}")
         return _named(layout, mask, length, kv_length, world, kv_heads)
-    for what, held, total in (("queries", layout.queries, length), ("keys", layout.keys, kv_length)):
-        if len(held) != world:
-            raise ValueError(
-                f"layout: got positions of {what} for {len(held)} ranks, expected {world}, the group's size"
-            )
-        if not holds_each_once(held, total):
-            everything = torch.cat([positions.tensor for positions in held])
-            raise ValueError(
-                f"layout: {what} hold {len(everything)} positions, {len(everything.unique())} of them distinct, "
-                f"expected each of 0..{total - 1} on exactly one rank"
-            )
+    _check_held("queries", layout.queries, length, world)
+    _check_held("keys", layout.keys, kv_length, world)
     return layout
+
+
+def _check_held(what: str, held: tuple[Positions, ...], total: int, world: int) -> None:
+    if len(held) != world:
+        raise ValueError(f"layout: got positions of {what} for {len(held)} ranks, expected {world}, the group's size")
+    if not holds_each_once(held, total):
+        everything = torch.cat([positions.tensor for positions in held])
+        raise ValueError(
+            f"layout: {what} hold {len(everything)} positions, {len(everything.unique())} of them distinct, "
+            f"expected each of 0..{total - 1} on exactly one rank"
+        )
+
+
+def _replicated(
+    layout: str | Layout, mask: Mask, length: int, kv_length: int, world: int, kv_heads: int | None
+) -> Layout:
+    """Keys as the layout deals them, in cross-attention as if of as many queries; and all queries everywhere."""
+    if isinstance(layout, Layout):
+        _check_held("keys", layout.keys, kv_length, world)
+        name, keys = layout.name, layout.keys
+    else:
+        documents = mask.documents
+        if length != kv_length and documents is not None:
+            mask = Documents(documents.keys)
+        elif length != kv_length:
+            mask = Causal()
+        name, keys = layout, resolve_layout(layout, mask, kv_length, kv_length, world, kv_heads).keys
+    everything = Positions.runs([(0, length, 1)])
+    return Layout(name, (everything,) * world, keys)
 
 
 @lru_cache(maxsize=32)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from seqpar.kernels import OutputGradient, accumulator_dtype, kernel_named
 
-from . import registry, ring, ulysses
+from . import registry, ring, tree, ulysses
+from .schedules import Tree
 from .validation import admit
 
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -33,7 +34,8 @@ def attention_op(
 ) -> Seven:
     """out ``[B, T, H, Dv]`` in q's dtype, lse ``[B, H, T]`` in accumulator dtype (NaN unless wanted, in Ulysses).
 
-    And what the backward needs besides, flat: in Ulysses q, k, v, out and lse as they were traded; else nothing.
+    And what the backward needs besides, flat: in Ulysses q, k, v, out and lse as they were traded; in Tree the queries
+    that were gathered; else nothing.
     """
     found = registry.find(plan)
     backend = admit(found, q, k, v, sinks, scale, kernel, wants_lse)
@@ -42,6 +44,11 @@ def attention_op(
             out, lse, traded = ulysses.forward(found, q, k, v, sinks, scale, backend, wants_lse)
             flat = [x.view(-1) for x in traded]
             return out, lse, flat[0], flat[1], flat[2], flat[3], flat[4]
+        if isinstance(found.schedule, Tree):
+            # What is sent must be the same on every rank, and only some may need gradients: lse is always there.
+            out, lse, gathered = tree.forward(found, q, k, v, sinks, scale, backend, wants_lse=True)
+            nothing = [x.new_empty(0) for x in (q, q, q, lse)]
+            return out, lse, gathered.view(-1), nothing[0], nothing[1], nothing[2], nothing[3]
         partial = ring.forward(found, q, k, v, sinks, scale, backend)
     nothing = [x.new_empty(0) for x in (q, q, q, q, partial.lse)]
     return partial.out.to(q.dtype), partial.lse, nothing[0], nothing[1], nothing[2], nothing[3], nothing[4]
@@ -70,9 +77,14 @@ def attention_backward_op(
             if wants_lse and dlse is None:  # other ranks may have one: what is traded must not depend on it
                 dlse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device)
             return ulysses.backward(found, dout, dlse, traded, q, k, v, sinks, scale, backend)
-        grad = OutputGradient(out, lse, dout, dlse)
-        dq, dk, dv = ring.backward(found, grad, q, k, v, scale, backend)
-        dsinks = q.new_empty(0) if sinks is None else ring.sinks_gradient(grad, sinks).to(sinks.dtype)
+        if isinstance(found.schedule, Tree):
+            if wants_lse and dlse is None and not found.replicated:  # as above
+                dlse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device)
+            dq, dk, dv, dsinks = tree.backward(found, dout, dlse, traded[0], q, k, v, out, lse, sinks, scale, backend)
+        else:
+            grad = OutputGradient(out, lse, dout, dlse)
+            dq, dk, dv = ring.backward(found, grad, q, k, v, scale, backend)
+            dsinks = q.new_empty(0) if sinks is None else ring.sinks_gradient(grad, sinks).to(sinks.dtype)
     copy = dk.dtype == k.dtype  # dk and dv are views of one message, which an operator may not return
     return dq.to(q.dtype), dk.to(k.dtype, copy=copy), dv.to(v.dtype, copy=copy), dsinks
 

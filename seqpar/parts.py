@@ -55,18 +55,17 @@ class Stripes:
 
     def _below(self, bound: Tensor, document_keys: CuSeqlens) -> Tensor:
         """The same of all keys."""
-        residues = torch.tensor(self.residues).view(-1, *[1] * bound.dim())
         if len(document_keys) == 2:
-            return self._below_in_one(bound, residues)
+            return self.count_in_one(bound)
         bounds = torch.tensor(document_keys)
-        earlier = self._below_in_one(bounds.diff(), residues.view(-1, 1)).cumsum(1)
+        earlier = self.count_in_one(bounds.diff()).cumsum(1)
         earlier = torch.cat([earlier.new_zeros(len(self.residues), 1), earlier], 1)
         document = (torch.searchsorted(bounds, bound, right=True) - 1).clamp_(0, len(bounds) - 2)
-        return earlier[:, document] + self._below_in_one(bound - bounds[document], residues)
+        return earlier[:, document] + self.count_in_one(bound - bounds[document])
 
-    def _below_in_one(self, bound: Tensor, residues: Tensor) -> Tensor:
-        """The same in a document's own coordinates."""
-        period = self.block * self.stride
+    def count_in_one(self, bound: Tensor) -> Tensor:
+        """How many keys of each head's stripes stand before each ``bound`` in one document: ``[heads, *]``."""
+        residues, period = torch.tensor(self.residues).view(-1, *[1] * bound.dim()), self.block * self.stride
         turns = bound.div(period, rounding_mode="floor")
         return turns * self.block + (bound - turns * period - residues * self.block).clamp_(0, self.block)
 

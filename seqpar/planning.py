@@ -17,13 +17,15 @@ from seqpar.comm import (
     GatherExchange,
     Group,
     RingExchange,
+    SingleRank,
     Traffic,
     World,
     agree,
     connect,
 )  # fmt: skip
+from seqpar.kernels import accumulator_dtype
 
-from . import registry
+from . import registry, tree
 from .choosing import Decision, decide, layouts_to_try, schedules_to_try, work_of
 from .costs import Call, grad_wire
 from .explaining import explain
@@ -32,7 +34,7 @@ from .layouts import Layout, as_layout
 from .masks import Mask, Span
 from .positions import Positions
 from .probing import rates_of
-from .schedules import Auto, Schedule, Ulysses, heads_degree, resolve_schedule
+from .schedules import Auto, Schedule, Tree, Ulysses, heads_degree, node_size, resolve_schedule
 from .sharding import Held, gather_rows, select_rows
 from .trading import Trade
 from .validation import HeadShape, agree_once
@@ -57,7 +59,7 @@ def plan(
 
     Args:
         mask: who attends to whom.
-        length: global number of query tokens, at least one per rank.
+        length: global number of query tokens, at least one per rank (any number in ``tree``).
         kv_length: global number of key tokens, in cross-attention.
         group: the ranks that share the sequence: a process group, a ``DeviceMesh`` of one axis, or of two for a hybrid
             (the last inside the node), a connected :class:`seqpar.comm.World`, or None for one rank (not for all).
@@ -65,8 +67,9 @@ def plan(
             ``auto``, another plan's ``.layout``, or sorted positions per rank (``Layout.explicit(queries, keys)`` in
             cross-attention).
         schedule: ``ring``, ``allgather``, ``ulysses``, on a mesh of two axes ``double_ring`` and ``hybrid`` (Ulysses
-            inside the node, a ring between nodes), ``auto``, or a :class:`Ring`, :class:`DoubleRing`,
-            :class:`AllGather`, :class:`Ulysses` or :class:`Auto` with options.
+            inside the node, a ring between nodes), ``tree`` (every rank holds all queries, and keys stay where they
+            are), ``auto``, or a :class:`Ring`, :class:`DoubleRing`, :class:`AllGather`, :class:`Ulysses`,
+            :class:`Tree` or :class:`Auto` with options.
         heads, head_dim, dtype: what ``auto`` and :meth:`Plan.explain` predict from; attention then refuses others.
             Optional where nothing is ``auto``.
 
@@ -86,7 +89,7 @@ def plan(
         kv_length = length if kv_length is None else _tokens("kv_length", kv_length)
         layout, asked = as_layout(layout), resolve_schedule(schedule, inside)
         told = HeadShape.of(heads, head_dim, dtype)
-        fields = {"length": length, "kv_length": kv_length, "mask": _fingerprint(mask), "layout": _fingerprint(layout)}
+        fields = {"length": length, "kv_length": kv_length, "mask": fingerprint(mask), "layout": fingerprint(layout)}
         fields |= {
             "schedule": asked,
             "ranks of a node": inside,
@@ -96,8 +99,9 @@ def plan(
         }
         kv_heads = told.heads and told.heads[1]
         mask.check(length, kv_length, kv_heads)
-        schedules = schedules_to_try(asked, world.size, inside)
-        layouts = layouts_to_try(layout, mask, length, kv_length, world.size, kv_heads)
+        schedules = schedules_to_try(asked, world.size, inside, fewer_queries=length < kv_length)
+        replicated = isinstance(asked, Tree) and asked.replicated
+        layouts = layouts_to_try(layout, mask, length, kv_length, world.size, kv_heads, replicated)
         for each in schedules:
             work_of(each, mask, layouts[0], length, kv_length, world.size, world.rank, told.heads)
         if (isinstance(asked, Auto) or layout == "auto") and not told.complete:
@@ -121,6 +125,9 @@ def plan(
     work = work_of(chosen, mask, held, length, kv_length, world.size, world.rank, told.heads)
     identity = ", ".join(str(value) for value in fields.values())
     whole = mask, length, kv_length
+    if isinstance(chosen, Tree):
+        levels = [x for x in world.split(node_size(chosen, world.size)) if x.size > 1]
+        return Plan(*whole, chosen, world, held, work, told, identity, None, decision, levels)
     if not isinstance(chosen, Ulysses):
         return Plan(*whole, chosen, world, held, work, told, identity, None, decision)
     inside_world, across = world.split(heads_degree(chosen, world.size))
@@ -143,6 +150,7 @@ class Plan:
         layout: who holds what; give it to another plan to leave tokens where they are.
         work: the itinerary of this rank, or of the ranks that it trades heads with.
         trade: with whom heads are traded, in Ulysses; else None.
+        levels: with whom partial results are merged, in Tree: inside the node, then between nodes.
         decision: how ``auto`` came to its choice, where there was one.
         told: the ``heads``, ``head_dim`` and ``dtype`` given.
         identity: what tells this plan from another, in words.
@@ -163,17 +171,24 @@ class Plan:
         identity: str,
         trade: Trade | None = None,
         decision: Decision | None = None,
+        levels: Sequence[World] = (),
     ) -> None:
         self.mask, self.length, self.kv_length, self.schedule, self.world = mask, length, kv_length, schedule, world
         self.layout, self.work, self.told, self.identity, self.trade = layout, work, told, identity, trade
-        self.decision = decision
+        self.decision, self.levels = decision, levels
         self.agreed: set[tuple] = set()
         self.handle = registry.register(self)
+        self._tokens_on: dict[torch.device, list[Tensor]] = {}
         self._rows_on: dict[torch.device, list[Tensor | None]] = {}
 
     def __deepcopy__(self, memo: object) -> Plan:
         """Itself: a copied model shares the plan, as its layers do."""
         return self
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all queries, and gets all of the output."""
+        return isinstance(self.schedule, Tree) and self.schedule.replicated
 
     @property
     def queries(self) -> Positions:
@@ -186,10 +201,15 @@ class Plan:
         return self.layout.keys[self.world.rank]
 
     def shard(self, x: Tensor, dim: int = 1, *, of: Of = "queries") -> Tensor:
-        """This rank's tokens of a whole tensor that every rank holds; the gradient is gathered back."""
+        """This rank's tokens of a whole tensor that every rank holds; the gradient is gathered back.
+
+        Queries that are replicated (``tree``) stay whole, and their gradient is complete on every rank.
+        """
         held, total = self._held(of)
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != total:
             raise ValueError(f"shard: got shape {tuple(x.shape)}, expected {total} {of} along dim {dim}, all of them")
+        if of == "queries" and self.replicated:
+            return x
         if x.requires_grad and torch.is_grad_enabled():
             agree_once(self, "seqpar.shard", _rest(x, dim))
         return select_rows(x, dim, held, self.world)
@@ -202,6 +222,8 @@ class Plan:
             expected = f"{count} {of} along dim {dim}, rank {self.world.rank}'s share"
             refusal = ValueError(f"unshard: got shape {tuple(x.shape)}, expected {expected}; give what plan.shard gave")
         agree_once(self, "seqpar.unshard", {} if refusal else _rest(x, dim), refusal)
+        if of == "queries" and self.replicated:
+            return x
         return gather_rows(x, dim, held, self.world)
 
     @cached_property
@@ -245,6 +267,11 @@ class Plan:
         rank = self.world.rank if rank is None else rank
         if self.trade is not None:
             return self.trade.traffic(batch, shape.heads, shape.head_dim, dtype, rank)
+        if isinstance(self.schedule, Tree):
+            levels = tree.traffic(self.schedule, self.layout, batch, shape.heads[0], shape.head_dim, dtype, rank)
+            return {
+                way: Traffic(sum(t.calls for t in sent), sum(t.bytes for t in sent)) for way, sent in levels.items()
+            }
         return self.kv_traffic(self.work, batch * sum(shape.head_dim), shape.heads[1], dtype, rank)
 
     def kv_traffic(
@@ -257,6 +284,12 @@ class Plan:
         grads = sum(returned) * elements * self._grad_wire(dtype).itemsize
         return {"forward": Traffic(len(moved), kv), "backward": Traffic(len(moved) + len(returned), kv + grads)}
 
+    def tokens_on(self, device: torch.device) -> list[Tensor]:
+        """Where each rank's queries stand among all: int64 ``[T]`` by rank."""
+        if device not in self._tokens_on:
+            self._tokens_on[device] = [queries.tensor.to(device) for queries in self.layout.queries]
+        return self._tokens_on[device]
+
     def explain(self) -> str:
         """Steps, work and bytes, for this rank and for all of them, and why the exchange was chosen."""
         return explain(self)
@@ -268,6 +301,8 @@ class Plan:
         rows = [block.rows for block in blocks]
         if self.work.single:  # rows of one head each
             k, v = (x.reshape(x.shape[0], -1, 1, x.shape[3]) for x in (k, v))
+        if self.work.exchange == "none":
+            return RingExchange(SingleRank(), k, v, [0], rows, grad_wire, inside=1)
         args = self.world, k, v, sources, rows, grad_wire
         if self.work.exchange == "forward":
             return RingExchange(*args, inside=self.work.inside)
@@ -280,7 +315,7 @@ class Plan:
 
     def _grad_wire(self, dtype: torch.dtype) -> torch.dtype:
         assert not isinstance(self.schedule, Ulysses), "gradients travel by the inner plan's exchange"
-        return grad_wire(self.schedule, dtype)
+        return accumulator_dtype(dtype) if isinstance(self.schedule, Tree) else grad_wire(self.schedule, dtype)
 
     def _held(self, of: Of) -> tuple[Held, int]:
         if of not in ("queries", "keys"):
@@ -292,7 +327,7 @@ class Plan:
         return list(documents.spans(self.queries.tensor))
 
 
-def _fingerprint(value: object) -> str:
+def fingerprint(value: object) -> str:
     """Short, readable, and different for what differs."""
     if isinstance(value, str):
         return value

@@ -10,6 +10,7 @@ from .rates import Rates
 
 Route = Literal["auto", "forward", "direct"]
 GradWire = Literal["fp32", "bf16"]
+Merge = Literal["auto", "gather", "scatter"]
 
 
 def _check_options(schedule: object, **allowed: tuple[str, ...]) -> None:
@@ -19,7 +20,7 @@ def _check_options(schedule: object, **allowed: tuple[str, ...]) -> None:
             raise ValueError(f"{kind}({name}=): got {got!r}, expected one of {', '.join(values)}")
 
 
-def _check_degree(schedule: DoubleRing | Ulysses) -> None:
+def _check_degree(schedule: DoubleRing | Ulysses | Tree) -> None:
     degree = schedule.degree
     if not isinstance(degree, Integral) or isinstance(degree, bool) or degree < 1:
         raise ValueError(f"{type(schedule).__name__}(degree=): got {degree!r}, expected a positive number of ranks")
@@ -105,7 +106,42 @@ class Ulysses:
             _check_degree(self)
 
 
-Schedule = Inner | Ulysses
+@dataclass(frozen=True)
+class Tree:
+    """Keys and values stay where they are: queries meet them there, and partial results are merged.
+
+    For few queries over many keys: decoding, verifying drafts, appending to a long context, attention from a few
+    latents (Tree Attention, Shyam et al. 2024, whose three collectives are one here).
+
+    Args:
+        queries: ``replicated``: every rank holds all queries, and gets all of their output. ``sharded``: ranks hold
+            theirs as in a ring; they are gathered, and each rank gets the merged output of its own.
+        merge: of replicated queries. ``gather`` sends whole partial results to every rank, in one call; ``scatter``
+            deals their heads to ranks, which merge theirs and gather the result; ``auto`` is what costs less.
+        degree: of replicated queries, how many consecutive ranks merge among themselves first, being in one node.
+    """
+
+    queries: Literal["replicated", "sharded"] = "replicated"
+    merge: Merge = "auto"
+    degree: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_options(self, queries=("replicated", "sharded"), merge=get_args(Merge))
+        if self.degree is not None:
+            _check_degree(self)
+        if self.queries == "sharded" and (self.merge != "auto" or self.degree is not None):
+            raise ValueError(
+                f"Tree(queries='sharded'): got merge={self.merge!r}, degree={self.degree!r}, expected neither: each "
+                "rank merges its own queries; leave them out"
+            )
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all queries."""
+        return self.queries == "replicated"
+
+
+Schedule = Inner | Ulysses | Tree
 
 
 @dataclass(frozen=True)
@@ -133,6 +169,7 @@ _NAMED: dict[str, Schedule | Auto] = {
     "ring": Ring(),
     "allgather": AllGather(),
     "ulysses": Ulysses(),
+    "tree": Tree(),
     "auto": Auto(),
 }
 _ON_A_MESH: dict[str, type[DoubleRing] | type[Ulysses]] = {"double_ring": DoubleRing, "hybrid": Ulysses}
@@ -148,7 +185,12 @@ def ring_size(schedule: Inner, world: int) -> int:
     return _divisor(schedule, schedule.degree, world) if isinstance(schedule, DoubleRing) else world
 
 
-def _divisor(schedule: DoubleRing | Ulysses, degree: int, world: int) -> int:
+def node_size(schedule: Tree, world: int) -> int:
+    """How many consecutive ranks merge among themselves first: all of them, where none is said."""
+    return _divisor(schedule, schedule.degree or world, world)
+
+
+def _divisor(schedule: DoubleRing | Ulysses | Tree, degree: int, world: int) -> int:
     if world % degree:
         kind = type(schedule).__name__
         raise ValueError(f"{kind}(degree=): got {degree} for {world} ranks, expected a divisor of their number")
@@ -165,10 +207,12 @@ def resolve_schedule(schedule: str | Schedule | Auto, inside: int | None = None)
                 f"the node; pass one, or schedule=seqpar.{kind.__name__}(degree=...)"
             )
         return kind(degree=inside)
+    if schedule == "tree" and inside is not None:
+        return Tree(degree=inside)
     if isinstance(schedule, str) and schedule in _NAMED:
         return _NAMED[schedule]
     if not isinstance(schedule, Schedule | Auto):
         names = ", ".join([*_NAMED, *_ON_A_MESH])
-        expected = f"one of {names}, or a seqpar.Ring, DoubleRing, AllGather, Ulysses or Auto object"
+        expected = f"one of {names}, or a seqpar.Ring, DoubleRing, AllGather, Ulysses, Tree or Auto object"
         raise ValueError(f"schedule: got {schedule!r}, expected {expected}")
     return schedule

@@ -43,16 +43,21 @@ class Whole(Selection):
 
 @dataclass(frozen=True)
 class Consecutive(Selection):
-    """Rows of one head each that stand together: ``rows`` of each of ``heads`` heads, one head after another."""
+    """Rows of one head each that stand together: ``rows`` of each of ``heads`` heads, one head after another.
+
+    Of every head's rows those that are ``used``.
+    """
 
     first: int
     heads: int
     rows: int
+    used: tuple[int, int] | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """A view."""
         span = x[:, self.first : self.first + self.heads * self.rows]
-        return span.view(x.shape[0], self.heads, self.rows, x.shape[3]).transpose(1, 2)
+        first, last = self.used or (0, self.rows)
+        return span.view(x.shape[0], self.heads, self.rows, x.shape[3])[:, :, first:last].transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)

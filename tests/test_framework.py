@@ -86,14 +86,14 @@ def test_a_selective_checkpoint_repeats_no_schedules_messages(schedule: str) -> 
         assert after["traffic"] == before["traffic"]
 
 
-@pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses"])
+@pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses", seqpar.Tree("sharded")], ids=str)
 def test_every_schedule_compiles_to_one_graph(schedule: str) -> None:
     for worst, graphs in run_gloo(2, compiled, schedule):
         assert worst <= 1e-12
         assert graphs == 2, "one graph for the first plan, one for all that follow"
 
 
-@pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses"])
+@pytest.mark.parametrize("schedule", ["ring", "allgather", "ulysses", seqpar.Tree("sharded")], ids=str)
 def test_fsdp_and_tensor_parallel_on_other_axes(schedule: str) -> None:
     assert max(run_gloo(4, beside_other_axes, schedule)) <= 1e-10
 

@@ -11,7 +11,7 @@ def test_public_names() -> None:
     assert set(seqpar.__all__) == {
         *("Full", "Causal", "SlidingWindow", "Documents", "PrefixLM", "Chunked", "Mask"),
         *("SparselySharded", "SinkWindow", "PerHead", "KVCache"),
-        *("plan", "Plan", "Layout", "AllGather", "Auto", "DoubleRing", "Rates", "Ring", "Ulysses"),
+        *("plan", "Plan", "Layout", "AllGather", "Auto", "DoubleRing", "Rates", "Ring", "Tree", "Ulysses"),
         *("attention", "attention_with_lse", "AttentionOutput", "token_mean", "checkpoint_context"),
     }
     assert all(hasattr(seqpar, name) for name in seqpar.__all__)

@@ -26,7 +26,7 @@ PLANS: Cases = {
     "layout": ({"layout": "zigzagged"}, r"layout: got 'zigzagged', expected one of contiguous, zigzag, striped"),
     "schedule": (
         {"schedule": "rings"},
-        r"schedule: got 'rings', expected one of ring, allgather, ulysses, auto, double_ring, hybrid",
+        r"schedule: got 'rings', expected one of ring, allgather, ulysses, tree, auto, double_ring, hybrid",
     ),
     "no mesh": (
         {"schedule": "double_ring"},

@@ -67,7 +67,7 @@ def sums(*traffic: Traffic) -> Traffic:
 
 def total(sent: dict[str, Traffic]) -> Traffic:
     """Of everything that belongs to attention without lse."""
-    return sums(*(sent.get(kind, Traffic(0, 0)) for kind in ("kv", "grad", "trade", "out", "dout")))
+    return sums(*(sent.get(kind, Traffic(0, 0)) for kind in ("kv", "grad", "trade", "out", "dout", "q", "partial", "dq")))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=str)

@@ -124,7 +124,12 @@ LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "document_zigzag", "ex
 SCHEDULES = {"forward": seqpar.Ring("forward"), "direct": seqpar.Ring("direct"), "allgather": seqpar.AllGather()}
 SCHEDULES |= {"double_ring": seqpar.DoubleRing(degree=2)}
 SCHEDULES |= {"ulysses": seqpar.Ulysses(), "hybrid": seqpar.Ulysses(seqpar.Ring("direct"), degree=2)}
-IN_PAIRS = ("double_ring", "hybrid")  # of two ranks
+SCHEDULES |= {
+    "tree": seqpar.Tree(),
+    "tree_nodes": seqpar.Tree(merge="scatter", degree=2),
+    "tree_sharded": seqpar.Tree("sharded"),
+}
+IN_PAIRS = ("double_ring", "hybrid", "tree_nodes")  # of two ranks
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}
 
 

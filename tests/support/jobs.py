@@ -65,7 +65,7 @@ def attend(
     wanted = [whole[name] for name in GRADS if sinks or name != "sinks"]
     grads = torch.autograd.grad(objective, wanted)
     result = {"out": whole_out.detach(), "lse": whole_lse.detach(), **dict(zip(GRADS, grads, strict=False))}
-    if sinks:  # a parameter: each rank has its part
+    if sinks and not plan.replicated:  # a parameter: each rank has its part
         result["sinks"] = world.all_reduce(result["sinks"], "test")
     return result | {"forward": moved, "both": dict(world.meter.by_kind)}
 
@@ -77,8 +77,10 @@ def checkpointed(world: World, mode: str, schedule: Any = "ring") -> dict[str, A
     x = torch.randn(1, 30, 4, 8, dtype=torch.float64, generator=generator)
     plan = seqpar.plan(seqpar.Causal(), length=30, group=world, schedule=schedule)
 
+    keys = plan.shard(x, of="keys")
+
     def layer(local: Tensor) -> Tensor:
-        return seqpar.attention(local @ weight, local, local, plan) @ weight
+        return seqpar.attention(local @ weight, keys, keys, plan) @ weight
 
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":

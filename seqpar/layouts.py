@@ -137,6 +137,8 @@ def _replicated(
         _check_held("keys", layout.keys, kv_length, world)
         name, keys = layout.name, layout.keys
     else:
+        if kv_length < world:
+            _check_enough(world, kv_length, world)
         documents = mask.documents
         if length != kv_length and documents is not None:
             mask = Documents(documents.keys)

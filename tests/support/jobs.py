@@ -19,7 +19,7 @@ import seqpar
 from seqpar.comm import World, connect
 
 from .cases import MASKS, layout_of
-from .oracle import error
+from .oracle import dense_attention, error
 
 GRADS = ("q", "k", "v", "sinks")
 
@@ -214,3 +214,18 @@ def on_mesh_axes(world: World) -> dict[str, Any]:
         except ValueError as error:
             refused[name] = str(error)
     return refused
+
+
+def tree_on_a_mesh(world: World) -> tuple[float, int, bool]:
+    """The worst error on a mesh of two axes, inside the node first; the levels; whether ranks got the same bits."""
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("node", "sp"))
+    plan = seqpar.plan(seqpar.Causal(), length=4, kv_length=30, group=mesh, schedule="tree")
+    assert plan.schedule == seqpar.Tree(degree=2)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, n, 4, 8, dtype=torch.float64, generator=generator) for n in (4, 30))
+    keys = plan.shard(k, of="keys")
+    out = seqpar.attention(q, keys, keys, plan)
+    seen = torch.ones(4, 30, dtype=torch.bool).tril(26)
+    expected, _ = dense_attention(q, k, k, seen.view(1, 1, 4, 30))
+    same = all(torch.equal(out, other) for other in connect(mesh).all_gather(out, "gather"))
+    return error(out, expected), len(plan.levels), same

@@ -12,10 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import seqpar
 from seqpar.comm import Group
 
-CACHE = "_seqpar_cache"
-"""The attribute by which attention finds the cache of the keys it is given."""
-
-PREFILL_TOKENS = 4096
+from .huggingface import CACHE
 
 
 class ShardedCache(Cache):

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 NAME = "seqpar"
 """What `attn_implementation` is called after `register()`."""
 
+CACHE = "_seqpar_cache"
+"""The attribute of a key tensor that says which cache it belongs to, and which of its layers."""
+
 # Keywords of a model call that reach attention and have no say in it.
 _BYSTANDERS = frozenset(
     {
@@ -161,7 +164,7 @@ def attention_forward(
     mapping from each `sliding_window` (None for the layers without) to its plan. s_aux: learnable sinks [H]. Raises
     ValueError for anything else that would change the result: nothing is dropped.
     """
-    cached = getattr(key, "_seqpar_cache", None)
+    cached = getattr(key, CACHE, None)
     plans: Collection[Any] = ()
     if isinstance(seqpar_plan, Mapping):
         plans, seqpar_plan = seqpar_plan.values(), seqpar_plan.get(sliding_window)

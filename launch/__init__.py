@@ -1,4 +1,5 @@
-"""The `seqpar` command: train a language model whose sequence is split over ranks.
+"""The `seqpar` command: train a language model whose sequence is split over ranks, and generate with one.
 
-`cli` parses and checks; `spawn` starts ranks; `train` is what one rank does. Only the last needs transformers.
+`cli` parses and checks; `spawn` starts ranks; `train` and `generate` are what one rank does. Only these need
+transformers.
 """

@@ -42,7 +42,7 @@ class Checkpoints:
         try:
             dcp.save({"model": parameters, "optimizer": moments}, checkpoint_id=partial)
         except dcp.api.CheckpointException as error:
-            raise RunError(self._failed(final, _cause(error))) from error
+            raise RunError(self._failed(final, cause(error))) from error
 
         def finish() -> str:
             try:
@@ -125,7 +125,7 @@ class Checkpoints:
         return str(path)
 
 
-def _cause(error: dcp.api.CheckpointException) -> str:
+def cause(error: dcp.api.CheckpointException) -> str:
     """What the first failing rank reported, without its traceback."""
     rank, (reason, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {reason}"

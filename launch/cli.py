@@ -14,25 +14,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .config import OptionError, TrainConfig
+from .config import TrainConfig
 from .data import find_documents
 from .errors import FAILED, RunError, describe
+from .generate_config import GenerateConfig
 from .manifest import last_whole, step_of
-from .outputs import CHECKPOINTS, default_out, prepare
+from .options import OptionError
+from .outputs import CHECKPOINTS, default_out, newest_checkpoint, prepare
+from .prompts import read_prompts
 from .spawn import Place, alone, child_place, run_ranks, torchrun_place
 
 if TYPE_CHECKING:
     from .picture import PictureConfig
 
-_Config = TypeVar("_Config", TrainConfig, "PictureConfig")
+_Config = TypeVar("_Config", TrainConfig, GenerateConfig, "PictureConfig")
 
 USAGE = """usage: seqpar COMMAND [OPTIONS]
 
 Attention over sequences that are split over ranks.
 
 commands:
-  train    train a language model on real text, with every sequence split over ranks
-  picture  draw a sparsely-sharded mask, and what each rank sends to whom under it
+  train     train a language model on real text, with every sequence split over ranks
+  generate  continue text with a language model, its key-value cache split over ranks
+  picture   draw a sparsely-sharded mask, and what each rank sends to whom under it
 
 `seqpar COMMAND --help` lists a command's options; `seqpar --version` prints the version."""
 
@@ -57,25 +61,26 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"seqpar {version('seqpar')}")
         return 0
-    commands = {"train": _train, "picture": _picture}
+    commands = {"train": _train, "generate": _generate, "picture": _picture}
     if command not in commands:
-        expected = " or ".join(commands)
-        return _report("seqpar", ValueError(f"unknown command {command!r}; expected {expected}: see seqpar --help"))
+        *names, last = commands
+        expected = f"{', '.join(names)} or {last}"
+        return _report(None, ValueError(f"unknown command {command!r}; expected {expected}: see seqpar --help"))
     debug = "--debug" in rest
     try:
         return commands[command](rest)
     except KeyboardInterrupt:
-        return _report(f"seqpar {command}", RunError("interrupted"))
+        return _report(command, RunError("interrupted"))
     except BrokenPipeError:
         raise
     except Exception as error:
-        return _report(f"seqpar {command}", error, debug)
+        return _report(command, error, debug=debug)
 
 
 def child() -> int:
-    """A rank that the launcher started."""
-    place, argv = child_place(sys.argv[1:])
-    return run_rank(parse_train(argv), place)
+    """A rank that the launcher started: of the command that comes first, with its options."""
+    place, (command, *argv) = child_place(sys.argv[1:])
+    return run_rank(parse_generate(argv) if command == "generate" else parse_train(argv), place)
 
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
@@ -83,14 +88,39 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     return _parse(TrainConfig, "seqpar train", argv)
 
 
-def _parse(kind: type[_Config], command: str, argv: Sequence[str]) -> _Config:
+def parse_generate(argv: Sequence[str]) -> GenerateConfig:
+    """The configuration that these options of `seqpar generate` make. Raises ValueError in one line for wrong ones."""
+    return _parse(GenerateConfig, "seqpar generate", _one_each(argv, ("--prompt", "--prompt-file")), append=True)
+
+
+def _one_each(argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Repeat each of these options for every one of its values: `--prompt a b` as `--prompt=a --prompt=b`."""
+    spread: list[str] = []
+    current = None
+    for argument in argv:
+        if argument.startswith("-"):
+            name = argument.split("=")[0].replace("_", "-")
+            current = name if name in options else None
+            spread.append(argument)
+        elif current is None:
+            spread.append(argument)
+        else:
+            if spread[-1].replace("_", "-") == current:
+                spread.pop()
+            spread.append(f"{current}={argument}")
+    return spread
+
+
+def _parse(kind: type[_Config], command: str, argv: Sequence[str], *, append: bool = False) -> _Config:
     import tyro
 
     _refuse_unknown(kind, command, argv)
+    # With append, an option of several values takes one each time it is given.
+    settings = (tyro.conf.FlagCreatePairsOff, *([tyro.conf.UseAppendAction] if append else []))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=command, args=argv, config=(tyro.conf.FlagCreatePairsOff,), compact_help=False)
+            return tyro.cli(kind, prog=command, args=argv, config=settings, compact_help=False)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -130,12 +160,8 @@ def _picture(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     config = parse_train(argv)
-    place = torchrun_place()
+    place = _by_torchrun(config.nproc)
     if place is not None:
-        if config.nproc > 1:
-            raise ValueError(
-                f"--nproc {config.nproc} got {place.size} ranks by torchrun; leave --nproc out under torchrun"
-            )
         return run_rank(config, place)
     config.sequence_ranks(config.nproc)
     find_documents(config.data, config.suffixes)
@@ -146,7 +172,29 @@ def _train(argv: Sequence[str]) -> int:
         with alone() as only:
             return run_rank(config, only)
     out = Path(config.out or default_out())
-    return run_ranks(config.nproc, [*argv, "--out", str(out)], lambda: _advice(out, argv))
+    return run_ranks(config.nproc, ["train", *argv, "--out", str(out)], lambda: _advice(out, argv))
+
+
+def _generate(argv: Sequence[str]) -> int:
+    config = parse_generate(argv)
+    place = _by_torchrun(config.nproc)
+    if place is not None:
+        return run_rank(config, place)
+    read_prompts(config)
+    if config.is_run:
+        newest_checkpoint(config.model)
+    if config.nproc == 1:
+        with alone() as only:
+            return run_rank(config, only)
+    return run_ranks(config.nproc, ["generate", *argv], lambda: "mend its cause and run the command again")
+
+
+def _by_torchrun(nproc: int) -> Place | None:
+    """This rank's place where torchrun started it. Raises ValueError where --nproc asks for ranks besides."""
+    place = torchrun_place()
+    if place is not None and nproc > 1:
+        raise ValueError(f"--nproc {nproc} got {place.size} ranks by torchrun; leave --nproc out under torchrun")
+    return place
 
 
 def _advice(out: Path, argv: Sequence[str]) -> str:
@@ -160,29 +208,41 @@ def _advice(out: Path, argv: Sequence[str]) -> str:
     return f"last whole checkpoint: {checkpoint} (step {step_of(checkpoint)}); resume with: {command}"
 
 
-def run_rank(config: TrainConfig, place: Place) -> int:
+def run_rank(config: TrainConfig | GenerateConfig, place: Place) -> int:
     """Run one rank and return its exit code. One of several that fails ends its process here."""
+    command = "train" if isinstance(config, TrainConfig) else "generate"
+    rank = place.rank if place.size > 1 else None
     try:
-        from .train import run
+        if isinstance(config, TrainConfig):
+            from .train import run as train
 
-        run(config, place)
+            train(config, place)
+        else:
+            from .generate import run as generate
+
+            generate(config, place)
         return 0
     except KeyboardInterrupt:
-        code = _report("seqpar train", RunError("interrupted"))
+        code = _report(command, RunError("interrupted"))
+    except BrokenPipeError:
+        if rank is None:
+            raise
+        code = FAILED
     except Exception as error:
-        prefix = "seqpar train" if place.size == 1 else f"seqpar train: rank {place.rank}"
-        code = _report(prefix, error, config.debug)
-    if place.size > 1:
-        sys.stdout.flush()
+        code = _report(command, error, rank, debug=config.debug)
+    if rank is not None:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _report(prefix: str, error: BaseException, debug: bool = False) -> int:
-    known = describe(error)
+def _report(command: str | None, error: BaseException, rank: int | None = None, *, debug: bool = False) -> int:
+    known = describe(error, command)
     if known is None or debug:
         traceback.print_exception(error)
     message, code = known or (f"{type(error).__name__}: {error}", FAILED)
+    prefix = "seqpar" + (f" {command}" if command else "") + (f": rank {rank}" if rank is not None else "")
     print(f"{prefix}: error: {message}", file=sys.stderr, flush=True)
     return code

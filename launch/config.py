@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .options import LONGEST_WAIT, OptionError, at_least, check_seed, option, positive
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64,
@@ -44,16 +46,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 _S2 = ("s2_block", "s2_local", "s2_stride", "s2_dense_heads", "s2_dense_layers", "s2_allow_incomplete")
 
 
-class OptionError(ValueError):
-    """An option's value that can't be; the message names the option as the command line spells it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a Llama-architecture language model on real text, with every sequence split over ranks.
 
     Runs by itself (`seqpar train --nproc 2`) or under `torchrun --no-python ... seqpar train`, with NCCL where there
-    are GPUs and gloo where there are none. Writes metrics.jsonl, loss.png and checkpoints/ under --out.
+    are GPUs and gloo where there are none. Writes metrics.jsonl, loss.png, checkpoints/ and model/ under --out.
     """
 
     data: tuple[Path, ...] = ()
@@ -143,22 +141,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "steps", "eval_batches", "keep", "nproc"):
-            _at_least(1, name, getattr(self, name))
-        for name in ("warmup", "eval_every", "save_every", "sample_tokens", "weight_decay", "grad_clip", "seed"):
-            _at_least(0, name, getattr(self, name))
-        _at_least(0, "s2_dense_heads", self.s2_dense_heads)
+            at_least(1, name, getattr(self, name))
+        for name in ("warmup", "eval_every", "save_every", "sample_tokens", "weight_decay", "grad_clip"):
+            at_least(0, name, getattr(self, name))
+        at_least(0, "s2_dense_heads", self.s2_dense_heads)
         for name in ("sp", "threads", "window", "s2_block", "s2_local", "s2_stride"):
             if getattr(self, name) is not None:
-                _at_least(1, name, getattr(self, name))
-        for name, most in (("lr", 1e3), ("timeout", 1e6)):
-            if not 0 < getattr(self, name) <= most:
-                raise OptionError(f"--{name} is {getattr(self, name)}; expected a positive number, at most {most:g}")
+                at_least(1, name, getattr(self, name))
+        for name, most in (("lr", 1e3), ("timeout", LONGEST_WAIT)):
+            positive(name, getattr(self, name), most)
         for name in ("weight_decay", "grad_clip"):
             if not math.isfinite(getattr(self, name)):
-                option = name.replace("_", "-")
-                raise OptionError(f"--{option} is {getattr(self, name)}; expected a finite number, 0 to switch it off")
-        if self.seed >= 2**63:
-            raise OptionError(f"--seed is {self.seed}; expected less than 2**63")
+                raise OptionError(
+                    f"{option(name)} is {getattr(self, name)}; expected a finite number, 0 to switch it off"
+                )
+        check_seed(self.seed)
         if self.model is not None and not (self.model / "config.json").is_file():
             raise OptionError(
                 f"--model {self.model} holds no config.json; name the folder of a Hugging Face checkpoint"
@@ -167,8 +164,7 @@ class TrainConfig:
             raise OptionError(f"--window {self.window} got --mask {self.mask}; only --mask window has one: add it")
         given = [name for name in _S2 if getattr(self, name) not in (None, 0, (), False)]
         if given and self.mask != "s2":
-            option = given[0].replace("_", "-")
-            raise OptionError(f"--{option} got --mask {self.mask}; only --mask s2 has it: add it")
+            raise OptionError(f"{option(given[0])} got --mask {self.mask}; only --mask s2 has it: add it")
         if self.init is not None and (self.resume or not (self.init / "checkpoints").is_dir()):
             wrong = "--resume too" if self.resume else "a folder without checkpoints"
             raise OptionError(
@@ -178,6 +174,11 @@ class TrainConfig:
             raise OptionError(f"--preset {self.preset} got --model too; the model has its shape: drop one of them")
         if self.resume and self.out is None:
             raise OptionError("--resume got no --out; expected the folder of the run to continue")
+        if self.schedule == "tree":
+            raise OptionError(
+                "--schedule tree got training, in which every token is a query; expected ring, allgather, ulysses or "
+                "auto: a tree is for `seqpar generate`"
+            )
         if self.schedule != "ring" and self.exchange != "auto":
             raise OptionError(
                 f"--exchange {self.exchange} got --schedule {self.schedule}; only the ring has them: drop --exchange"
@@ -208,11 +209,6 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON: paths as text, tuples as lists."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-
-
-def _at_least(smallest: int, name: str, value: float) -> None:
-    if value < smallest:
-        raise OptionError(f"--{name.replace('_', '-')} is {value}; expected {smallest} or more")
 
 
 def _plain(value: Any) -> Any:

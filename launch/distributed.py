@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar import comm
 
-from .config import TrainConfig
 from .errors import RunError
 from .spawn import Place
 
@@ -51,6 +51,23 @@ class Ranks:
         for first in range(0, max(1, len(named)), _AT_ONCE):
             comm.agree(self.everyone, "options and data", dict(named[first : first + _AT_ONCE]), refusal)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What happens inside happens on all ranks or on none: a ValueError on some rank is raised on every rank."""
+        refusal = None
+        try:
+            yield
+        except ValueError as error:
+            refusal = error
+        self.agree({}, refusal)
+
+    def gather(self, numbers: Sequence[int]) -> Tensor:
+        """Every rank's numbers, of which all ranks have as many, int64 [ranks, N] on this rank's device."""
+        mine = torch.tensor(numbers, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone)
+
     def from_rank0(self, value: int) -> int:
         """Rank 0's value, on every rank."""
         box = torch.tensor([value], device=self.device)
@@ -82,9 +99,12 @@ class Ranks:
 
 
 @contextmanager
-def connected(config: TrainConfig, place: Place) -> Iterator[Ranks]:
-    """The ranks, connected to each other while the context lasts. Raises ValueError where --sp doesn't fit them."""
-    sp = config.sequence_ranks(place.size)
+def connected(place: Place, *, sp: int, threads: int | None, timeout: float) -> Iterator[Ranks]:
+    """The ranks, connected to each other while the context lasts.
+
+    sp: how many of them share a sequence, a divisor of their number. threads: of each rank; this machine's cores shared
+    out evenly where that is None. timeout: seconds to wait for each other. Raises ValueError without a GPU for each.
+    """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         if place.local_rank >= torch.cuda.device_count():
@@ -96,19 +116,19 @@ def connected(config: TrainConfig, place: Place) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    torch.set_num_threads(config.threads or max(1, _cores() // place.local_size))
-    timeout = timedelta(seconds=config.timeout)
+    torch.set_num_threads(threads or max(1, _cores() // place.local_size))
+    wait = timedelta(seconds=timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         init_method=place.rendezvous,
         rank=place.rank,
         world_size=place.size,
-        timeout=timeout,
+        timeout=wait,
         device_id=device if on_gpu else None,
     )
     grid = torch.arange(place.size).view(-1, sp)
-    dp_group = _my_group(grid.T.tolist(), timeout)
-    sp_group = _my_group(grid.tolist(), timeout)
+    dp_group = _my_group(grid.T.tolist(), wait)
+    sp_group = _my_group(grid.tolist(), wait)
     mesh = DeviceMesh.from_group([dp_group, sp_group], device.type, mesh=grid, mesh_dim_names=("dp", "sp"))
     all_ranks = dist.group.WORLD
     assert all_ranks is not None, "the process group was just made"
@@ -125,9 +145,9 @@ def connected(config: TrainConfig, place: Place) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _my_group(groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+def _my_group(groups: list[list[int]], wait: timedelta) -> dist.ProcessGroup:
     """Make all groups, in the same order on every rank, and return the one that this rank is in."""
-    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+    made = [dist.new_group(ranks, timeout=wait) for ranks in groups]
     return next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import seqpar
 
-from .config import OptionError, TrainConfig
+from .config import TrainConfig
+from .options import OptionError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,59 +13,17 @@ import seqpar
 
 from .config import PRESETS, TrainConfig
 from .distributed import Ranks
+from .text import SEPARATOR, ByteText, Text, TokenizerText
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-SEPARATOR = 256
-"""Token that opens and closes a document where tokens are bytes."""
-
 _BYTE_VOCABULARY = 264
-
-
-@dataclass(frozen=True)
-class Text:
-    """How text becomes tokens, [L] int32 with the document's opening and closing tokens, and back.
-
-    vocabulary: tokens from this on stand for nothing, being the padding of an embedding.
-    """
-
-    encode: Callable[[str], torch.Tensor]
-    decode: Callable[[Iterable[int]], str]
-    vocabulary: int
 
 
 def load_text(config: TrainConfig) -> Text:
     """The tokenizer of --model, or bytes."""
-    if config.model is None:
-        return Text(_encode_bytes, _decode_bytes, SEPARATOR + 1)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {config.model} holds no tokenizer that can be read; expected the folder of a Hugging Face "
-            f"checkpoint with its tokenizer, as save_pretrained writes it"
-        ) from error
-    opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    closing = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-
-    def encode(text: str) -> torch.Tensor:
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor([*opening, *tokens, *closing], dtype=torch.int32)
-
-    return Text(encode, lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)), len(tokenizer))
-
-
-def _encode_bytes(text: str) -> torch.Tensor:
-    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0)
-    edge = torch.tensor([SEPARATOR], dtype=torch.int32)
-    return torch.cat([edge, content.int(), edge])
-
-
-def _decode_bytes(tokens: Iterable[int]) -> str:
-    return bytes(token for token in tokens if token < SEPARATOR).decode(errors="replace")
+    return ByteText() if config.model is None else TokenizerText.load(config.model)
 
 
 def model_config(config: TrainConfig) -> PretrainedConfig:
@@ -86,6 +42,14 @@ def model_config(config: TrainConfig) -> PretrainedConfig:
             tie_word_embeddings=False,
         )
     return AutoConfig.from_pretrained(config.model, local_files_only=True)
+
+
+def model_fields(shape: PretrainedConfig) -> dict[str, object]:
+    """What makes the model's shape, by name: what its configuration has besides what every configuration has."""
+    from transformers import PretrainedConfig
+
+    generic = PretrainedConfig().to_dict().keys()
+    return {f"model {name}": value for name, value in sorted(shape.to_dict().items()) if name not in generic}
 
 
 def build(config: TrainConfig, shape: PretrainedConfig, attention: str) -> PreTrainedModel:

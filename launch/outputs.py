@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .config import TrainConfig
-from .manifest import checkpoints
+from .manifest import checkpoints, last_whole
 
-METRICS, PLOT, CHECKPOINTS = "metrics.jsonl", "loss.png", "checkpoints"
+METRICS, PLOT, CHECKPOINTS, MODEL = "metrics.jsonl", "loss.png", "checkpoints", "model"
+
+OPTIONS = "seqpar.json"
+"""In the folder of a run's model: what else it takes to use it, its mask above all."""
 
 
 def default_out() -> Path:
@@ -31,11 +35,33 @@ def prepare(config: TrainConfig) -> Path:
             pass
     except OSError as error:
         raise ValueError(f"--out {out} can't be written: {error.strerror}; name a folder that can") from error
+    model = out / MODEL
+    if model.is_dir() and any(model.iterdir()) and not (model / OPTIONS).exists():
+        raise ValueError(f"--out {out} holds a folder {MODEL}/ that is no run's; name another folder")
     if config.resume and not checkpoints(folder):
         raise ValueError(f"--resume found no checkpoint under {folder}; leave --resume out, or name the run's --out")
     if not config.resume and ((out / METRICS).exists() or checkpoints(folder)):
         raise ValueError(f"--out {out} already holds a run; continue it with --resume, or name another folder")
     return out
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is the folder of a run that left its model."""
+    return (path / MODEL / OPTIONS).is_file()
+
+
+def newest_checkpoint(out: Path, report: Callable[[str], None] = lambda line: None) -> Path:
+    """The newest whole checkpoint of a run. Raises ValueError where there is none.
+
+    `report` gets a line about each newer one that isn't whole.
+    """
+    path = last_whole(out / CHECKPOINTS, report)
+    if path is None:
+        raise ValueError(
+            f"--model {out} is a run without a whole checkpoint; expected one under {out / CHECKPOINTS}: let the run "
+            "reach its first --save-every, or name another run"
+        )
+    return path
 
 
 def remove_partial(directory: Path) -> None:

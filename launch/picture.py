@@ -12,8 +12,8 @@ import seqpar
 from seqpar.itinerary import Itinerary, itinerary
 from seqpar.reach import busiest_rows, forward_rows
 
-from .config import OptionError
 from .masks import widest_stride
+from .options import OptionError
 
 HEADS_SHOWN = 8
 BLOCKS_SHOWN = 96  # at most, on a side of a head's picture

@@ -76,8 +76,8 @@ class Report:
         line = {name: value for name, value in asdict(step).items() if value is not None}
         self._stream.write(json.dumps(line) + "\n")
         summary = (
-            f"loss {step.loss:.4f} · {step.tokens_per_second:,.0f} tokens/s · {_bytes(step.bytes_sent)}/step · "
-            f"peak {_bytes(step.peak_memory_bytes)}"
+            f"loss {step.loss:.4f} · {step.tokens_per_second:,.0f} tokens/s · {in_bytes(step.bytes_sent)}/step · "
+            f"peak {in_bytes(step.peak_memory_bytes)}"
         )
         if step.eval_loss is not None:
             summary += f" · held-out {step.eval_loss:.4f}"
@@ -137,7 +137,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _bytes(number: float) -> str:
+def in_bytes(number: float) -> str:
+    """A number of bytes in the unit that suits it."""
     for unit in ("B", "KB", "MB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -24,11 +23,13 @@ from .data import Batch, Corpus, find_documents, load_corpus
 from .distributed import Ranks, connected
 from .errors import RunError
 from .masks import describe, distinct, layer_masks
-from .model import Text, build, load_text, model_config, shard
+from .model import build, load_text, model_config, model_fields, shard
 from .outputs import CHECKPOINTS, prepare, remove_partial
 from .report import Report, Step, peak_memory
+from .runs import write_model
 from .sample import generate
 from .spawn import Place
+from .text import Text
 from .verify import Comparison, compare, reference_step, whole_gradients
 
 if TYPE_CHECKING:
@@ -46,18 +47,19 @@ _OF_ONE_RANK = ("nproc", "threads", "out", "debug", "timeout", "data", "model", 
 def run(config: TrainConfig, place: Place) -> None:
     """Train as this rank. Raises ValueError for input that is wrong, RunError for what befalls the run."""
     huggingface.register()
-    with connected(config, place) as ranks:
+    sp = config.sequence_ranks(place.size)
+    with connected(place, sp=sp, threads=config.threads, timeout=config.timeout) as ranks:
         out = Path(ranks.on_rank0(lambda: str(prepare(config))))
         options = {name: value for name, value in config.as_dict().items() if name not in _OF_ONE_RANK}
         options["init"] = "given" if config.init else "not given"  # ranks load together
-        try:
+        with ranks.together():
             text, corpus, shape = _read(config)
-        except ValueError as error:  # the other ranks must hear of it
-            ranks.agree({}, refusal=error)
-            raise
         identity = _identity(config, corpus, shape)
         ranks.agree({**options, **identity})
-        _Run(config, ranks, out, text, corpus, shape, identity).train()
+        this = _Run(config, ranks, out, text, corpus, shape, identity)
+        # Not sooner: only now a run that is resumed is known to be of this model.
+        ranks.on_rank0(lambda: write_model(out, config, shape, text))
+        this.train()
 
 
 def _read(config: TrainConfig) -> tuple[Text, Corpus, PretrainedConfig]:
@@ -223,10 +225,7 @@ class _Run:
         """Over all ranks: the sum of their tokens, the largest peak of memory, and the sum of their bytes by kind."""
         meters = (self.ranks.sequence.meter.by_kind, self.ranks.everyone.meter.by_kind)
         sent = [sum(meter[kind].bytes for meter in meters if kind in meter) for kind in KINDS]
-        mine = torch.tensor([count, peak_memory(self.ranks.device), *sent], device=self.ranks.device)
-        everyone = [torch.empty_like(mine) for _ in range(self.ranks.size)]
-        dist.all_gather(everyone, mine)
-        figures = torch.stack(everyone)
+        figures = self.ranks.gather([count, peak_memory(self.ranks.device), *sent])
         totals = figures.sum(0).tolist()
         traffic = {kind: total for kind, total in zip(KINDS, totals[2:], strict=True) if total}
         return totals[0], int(figures[:, 1].max()), traffic
@@ -308,14 +307,11 @@ def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 def _identity(config: TrainConfig, corpus: Corpus, shape: PretrainedConfig) -> dict[str, Any]:
     """What a continued run must share with its checkpoint, and all ranks with each other, by name."""
-    from transformers import PretrainedConfig
-
-    generic = PretrainedConfig().to_dict().keys()
     return {
         "seed": config.seed,
         "seq_len": config.seq_len,
         "batch_size": config.batch_size,
         "mask": describe(config, shape),
         "data": f"{corpus.train.digest()}-{corpus.held_out.digest()}",
-        **{f"model {name}": value for name, value in sorted(shape.to_dict().items()) if name not in generic},
+        **model_fields(shape),
     }

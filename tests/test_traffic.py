@@ -67,7 +67,8 @@ def sums(*traffic: Traffic) -> Traffic:
 
 def total(sent: dict[str, Traffic]) -> Traffic:
     """Of everything that belongs to attention without lse."""
-    return sums(*(sent.get(kind, Traffic(0, 0)) for kind in ("kv", "grad", "trade", "out", "dout", "q", "partial", "dq")))
+    kinds = ("kv", "grad", "trade", "out", "dout", "q", "partial", "dq")
+    return sums(*(sent.get(kind, Traffic(0, 0)) for kind in kinds))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=str)

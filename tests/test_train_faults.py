@@ -112,7 +112,7 @@ def test_the_launcher_trains_verifies_and_samples(data: Path, tmp_path: Path) ->
     assert "passed: largest of 21 gradients" in run.stdout
     assert "sample: 64 tokens of text, then [10 tokens by the model]" in run.stdout
     (out,) = (tmp_path / "runs").iterdir()
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl", "model"]
 
 
 def test_verify_fails_when_the_gradients_are_wrong(data: Path, tmp_path: Path) -> None:

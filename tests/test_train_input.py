@@ -68,7 +68,11 @@ CASES = {
     "nothing to resume": ("--data {0}/text --out {0}/new --resume", "--resume found no checkpoint under {0}/new"),
     "resume without a folder": ("--resume", "--resume got no --out; expected the folder of the run to continue"),
     "model without a checkpoint": ("--data {0}/text --model {0}/nothing", "--model {0}/nothing holds no"),
-    "exchange without a ring": ("--schedule tree --exchange direct", "--exchange direct got --schedule tree"),
+    "exchange without a ring": ("--schedule ulysses --exchange direct", "--exchange direct got --schedule ulysses"),
+    "queries that are keys": (
+        "--schedule tree",
+        "--schedule tree got training, in which every token is a query; expect",
+    ),
     "unknown layout": ("--data {0}/text --layout spiral", "layout", "'spiral'", "zigzag"),
     "unknown schedule": ("--data {0}/text --schedule spiral", "schedule", "'spiral'", "ring"),
 }
@@ -107,7 +111,7 @@ def test_an_unknown_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert (
         capfd.readouterr().err
-        == "seqpar: error: unknown command 'trian'; expected train or picture: see seqpar --help\n"
+        == "seqpar: error: unknown command 'trian'; expected train, generate or picture: see seqpar --help\n"
     )
 
 

@@ -13,11 +13,6 @@ from .world import World
 Form = tuple[tuple[int, ...], torch.dtype]  # of one tensor in a message
 
 
-def form_of(x: Tensor) -> Form:
-    """The shape and dtype of ``x``."""
-    return tuple(x.shape), x.dtype
-
-
 def blank(forms: Sequence[Form], device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """A flat message of bytes, to be filled, and its parts."""
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
@@ -63,7 +58,7 @@ def swap(
 
 def gather(world: World, tensors: Sequence[Tensor], kind: str) -> list[list[Tensor]]:
     """Every rank's tensors, of equal shapes and dtypes, by rank: one all-gather of them all."""
-    forms = [form_of(x) for x in tensors]
+    forms = [(tuple(x.shape), x.dtype) for x in tensors]
     message, parts = blank(forms, tensors[0].device)
     for part, x in zip(parts, tensors, strict=True):
         part.copy_(x)

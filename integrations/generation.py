@@ -37,8 +37,7 @@ class ShardedCache(Cache):
         }
         self._layers = [(self.caches[mask], masks[:number].count(mask)) for number, mask in enumerate(masks)]
         self._seen = 0  # tokens of a row, with its padding
-        self._counts: list[int] | None = None  # of the step under way
-        self._told: tuple[Tensor, list[int]] | None = None
+        self._counts: list[int] = []  # new tokens of each row in the step under way
         super().__init__(layers=[_Layer(self, number) for number in range(len(masks))])
 
     @property
@@ -57,48 +56,47 @@ class ShardedCache(Cache):
         return cache.mask, cache.capacity
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, plan: Any, **options: Any
-    ) -> Tensor:
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None,
+        position_ids: Tensor | None, plan: Any, **options: Any,
+    ) -> Tensor:  # fmt: skip
         """Attention of a layer's new tokens, ``[B, T, H, D]``: all of them, or this rank's of a plan."""
         cache, number = self._layers[layer]
-        tokens = q.shape[1] if plan is None else plan.length
+        if plan is not None:
+            out, tokens = cache.prefill(q, k, v, plan, layer=number, **options), plan.length
+        else:
+            tokens = q.shape[1]
+            if layer == 0:
+                self._counts = self._counted(attention_mask, tokens)
+                _check_positions(position_ids, cache.lengths, self._counts)
+            out = cache.attend(q, k, v, layer=number, counts=self._counts, **options)
         if layer == 0:
             self._seen += tokens
-        counts = self._counts if plan is not None else self._counts_of(attention_mask, tokens, cache)
-        try:
-            if plan is not None:
-                return cache.prefill(q, k, v, plan, layer=number, counts=counts, **options)
-            return cache.attend(q, k, v, layer=number, counts=counts, **options)
-        except ValueError:
-            if layer == 0:
-                self._seen -= tokens
-            raise
+        return out
 
-    def _counts_of(self, attention_mask: Tensor | None, tokens: int, cache: seqpar.KVCache) -> list[int] | None:
+    def _counted(self, attention_mask: Tensor | None, tokens: int) -> list[int]:
         """How many of the new tokens each row has; ValueError for a mask that says more than where padding is."""
         if attention_mask is None:
-            return None
-        if self._told is None or self._told[0] is not attention_mask:
-            shape = tuple(attention_mask.shape)
-            if attention_mask.dim() != 2 or shape != (self.batch, self._seen):
-                raise ValueError(
-                    f"attention_mask: got shape {shape}, expected [{self.batch}, {self._seen}], of all tokens so far "
-                    "and the new ones"
-                )
-            mask = attention_mask.bool()
-            if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-                raise ValueError(
-                    "attention_mask: got padding after a token, expected it before all others; pad on the left"
-                )
-            self._told = attention_mask, mask[:, -tokens:].sum(1).tolist()
-        return self._told[1]
+            return [tokens] * self.batch
+        shape, total = tuple(attention_mask.shape), self._seen + tokens
+        if shape != (self.batch, total):
+            raise ValueError(
+                f"attention_mask: got shape {shape}, expected [{self.batch}, {total}], of all tokens so far and the "
+                "new ones"
+            )
+        check_padding(attention_mask)
+        return attention_mask[:, -tokens:].sum(1).tolist()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of every row (so many below 0), as when drafts were wrong."""
         removed = -tokens_to_remove
-        for cache in self.caches.values():
-            if removed:
-                cache.truncate([max(0, length - removed) for length in cache.lengths])
+        if removed > self._seen:
+            raise ValueError(f"crop: got {tokens_to_remove}, expected at least {-self._seen}, of so many tokens")
+        if removed:
+            wanted = {c: [max(0, length - removed) for length in c.lengths] for c in self.caches.values()}
+            for cache, lengths in wanted.items():
+                cache.check_truncate(lengths)
+            for cache, lengths in wanted.items():
+                cache.truncate(lengths)
         self._seen -= removed
 
     def reset(self) -> None:
@@ -112,9 +110,26 @@ class ShardedCache(Cache):
         for cache in self.caches.values():
             cache.reorder(beam_idx.tolist())
 
-    def prefilling(self, counts: list[int]) -> None:
-        """Say how many tokens of the next plan's each row has."""
-        self._counts = counts
+
+def check_padding(attention_mask: Tensor) -> None:
+    """ValueError where padding follows a token."""
+    mask = attention_mask.bool()
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError("attention_mask: got padding after a token, expected it before all others; pad on the left")
+
+
+def _check_positions(position_ids: Tensor | None, lengths: Sequence[int], counts: Sequence[int]) -> None:
+    """ValueError where the new tokens are not those that follow what each row has."""
+    if position_ids is None:
+        return
+    last = position_ids[..., -1].expand(len(lengths)).tolist()
+    for row, (got, length, count) in enumerate(zip(last, lengths, counts, strict=True)):
+        if count and got != length + count - 1:
+            raise ValueError(
+                f"sharded cache: got tokens up to position {got} for row {row}, expected {length + count - 1}, those "
+                f"after the {length} that it has; transformers gives drafts' first call the whole prompt: there leave "
+                "out prefill, and reset() before another turn"
+            )
 
 
 class _Layer(CacheLayerMixin):
@@ -149,10 +164,12 @@ class _Layer(CacheLayerMixin):
         return self._cache.capacity
 
     def reset(self) -> None:
-        """See :meth:`ShardedCache.reset`."""
+        """Layers have no text of their own."""
+        raise ValueError("reset: got one layer of a sharded cache, expected all of them; reset the cache")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """See :meth:`ShardedCache.crop`."""
+        """Layers have no text of their own."""
+        raise ValueError("crop: got one layer of a sharded cache, expected all of them; crop the cache")
 
 
 @torch.no_grad()
@@ -173,8 +190,7 @@ def prefill(
             f"prefill: got input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)}, expected "
             f"[{cache.batch}, tokens] for both"
         )
-    if bool((mask[:, :-1] > mask[:, 1:]).any()):
-        raise ValueError("attention_mask: got padding after a token, expected it before all others; pad on the left")
+    check_padding(mask)
     longest = int(mask.sum(1).max())
     if longest > cache.capacity:
         raise ValueError(
@@ -189,7 +205,6 @@ def prefill(
         new = mask[:, first : first + count].sum(1).tolist()
         plans = {m: c.plan(count, counts=new, layout=layout, schedule=schedule) for m, c in cache.caches.items()}
         some = next(iter(plans.values()))
-        cache.prefilling(new)
         position = some.queries.tensor.to(input_ids.device) + first
         decoder(
             input_ids=some.shard(input_ids[:, first : first + count]),

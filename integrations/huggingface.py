@@ -192,7 +192,8 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if cached is not None:
         cache, layer = cached
-        return cache.attend(layer, q, k, v, attention_mask, seqpar_plan, scale=scaling, sinks=s_aux), None
+        options = {"scale": scaling, "sinks": s_aux}
+        return cache.attend(layer, q, k, v, attention_mask, position_ids, seqpar_plan, **options), None
     if getattr(module, "layer_idx", 0) == 0:
         _check_model(getattr(module, "config", None), seqpar_plan, plans, position_ids)
     return seqpar.attention(q, k, v, seqpar_plan, scale=scaling, sinks=s_aux), None

@@ -15,6 +15,10 @@ from .pieces import Piece
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+FEW_QUERIES = 8
+"""Up to so many, two matrix products read each key once for all query heads that share it, where PyTorch's flash kernel
+reads it for each of them: several times as fast (docs/decoding.md)."""
+
 
 class CpuFlash:
     """fp64, fp32, bf16 and fp16, with a ``Tq x Tk`` mask where a piece is ragged.
@@ -46,6 +50,8 @@ class CpuFlash:
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`~seqpar.kernels.flash.FlashLibrary`."""
+        if q.shape[1] <= FEW_QUERIES and not causal and q.dtype in (torch.float32, torch.float64):
+            return _few_queries(q, k, v, scale, mask)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out.transpose(1, 2), lse
@@ -74,6 +80,22 @@ class CpuFlash:
             dk += gk
             dv += gv
         return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :meth:`CpuFlash.forward`, with the scores in memory: they are few."""
+    batch, tokens, heads, _ = q.shape
+    kv_heads, keys = k.shape[2], k.shape[1]
+    group = heads // kv_heads
+    query = q.transpose(1, 2).reshape(batch, kv_heads, group * tokens, -1)  # neighbours share a KV head
+    scores = query @ k.permute(0, 2, 3, 1)
+    scores *= scale
+    if mask is not None:
+        scores = scores.view(batch, heads, tokens, keys).add_(mask).view_as(scores)
+    lse = scores.logsumexp(-1)
+    scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp_()
+    out = (scores @ v.transpose(1, 2)).view(batch, heads, tokens, -1)
+    return out.transpose(1, 2), lse.view(batch, heads, tokens)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -110,6 +111,9 @@ class KVCache:
         self._lengths = [[0] * batch for _ in range(layers)]
         self._written = [[0] * batch for _ in range(layers)]  # the longest that each text was since it was freed
         self._agreed = False
+        last = torch.tensor(capacity - 1)  # whatever rank this is
+        self._forgets = any(int(limits(part, last)[0]) > 0 for each in self._groups for part in each.parts)
+        self._plans: WeakKeyDictionary[Plan, list[int]] = WeakKeyDictionary()
         self._steps = lru_cache(maxsize=8)(self._step)  # all layers take the same
 
     @property
@@ -167,8 +171,8 @@ class KVCache:
             ValueError: for other shapes, dtypes or devices than the cache's, and for more tokens than fit; the cache is
                 then as it was. At a text's first call on every rank, where the ranks' caches or calls differ.
         """
-        rows, backend = self._admit(q, k, v, layer, counts, scale, sinks, kernel)
-        partial = self._append(q, k, v, layer, rows, scale, sinks, backend)
+        rows, backend = self._admit(q, k, v, None, layer, counts, scale, sinks, kernel)
+        partial = _joined(self._append(q, k, v, layer, rows, scale, sinks, backend))
         return tree.merged(self._levels, partial, q.dtype, self.schedule.merge, wants_lse=False)[0]
 
     def plan(
@@ -180,23 +184,22 @@ class KVCache:
         ``schedule``: how the first tokens of a text meet each other; those that follow go to the keys where these are
         (``tree``).
         """
-        mask, resolved = self.mask, resolve_schedule(schedule, self.world.inside)
-        if counts is not None and min(counts) < tokens:
-            mask = mask & Documents([sorted({0, tokens - count, tokens}) for count in counts])
-        if isinstance(resolved, Tree) or self.length:
+        rows = self._counted(counts, tokens)
+        self._check_room(rows, self._lengths[0])
+        resolved = resolve_schedule(schedule, self.world.inside)
+        if isinstance(schedule, Tree) and schedule not in (Tree(), Tree("sharded")):
+            raise ValueError(f"schedule: got {schedule}, expected 'tree': each rank gets the output of its own tokens")
+        if isinstance(resolved, Tree) or any(map(any, self._lengths)):
             resolved = Tree("sharded")
-        heads = self.heads, self.kv_heads
-        dims, dtype = (self._k[0].shape[3], self._v[0].shape[3]), self._k[0].dtype
-        return plan(
-            mask,
-            length=tokens,
-            group=self.world,
-            layout=layout,
-            schedule=resolved,
-            heads=heads,
-            head_dim=dims,
-            dtype=dtype,
-        )
+        mask = self.mask
+        if min(rows) < tokens:
+            mask = mask & Documents([sorted({0, tokens - count, tokens}) for count in rows])
+        made = plan(
+            mask, length=tokens, group=self.world, layout=layout, schedule=resolved, heads=(self.heads, self.kv_heads),
+            head_dim=(self._k[0].shape[3], self._v[0].shape[3]), dtype=self._k[0].dtype,
+        )  # fmt: skip
+        self._plans[made] = rows
+        return made
 
     def prefill(
         self,
@@ -206,7 +209,6 @@ class KVCache:
         plan: Plan,
         *,
         layer: int = 0,
-        counts: Sequence[int] | None = None,
         scale: float | None = None,
         sinks: Tensor | None = None,
         kernel: str = "auto",
@@ -215,54 +217,50 @@ class KVCache:
 
         Args:
             q: ``[B, T, H, D]``, this rank's tokens of the plan; so are k and v.
-            plan: from :meth:`plan`.
-            layer, counts, scale, sinks, kernel: as for :meth:`attend`; ``counts`` of the plan's tokens.
+            plan: from :meth:`plan`, which was told how many tokens each row has; the output of padding means nothing.
+            layer, scale, sinks, kernel: as for :meth:`attend`.
 
         Keys and values go to the ranks that keep them; where the plan's schedule is ``tree``, so do queries.
         """
-        if plan.world is not self.world or q.dim() != 4 or q.shape[1] != len(plan.queries):
-            raise ValueError(
-                f"q: got shape {tuple(q.shape)}, expected [batch, {len(plan.queries)}, heads, head_dim], this rank's "
-                "tokens of a plan that cache.plan made"
-            )
-        whole, keys, values = (x[:, :1].expand(-1, plan.length, *x.shape[2:]) for x in (q, k, v))
-        rows, backend = self._admit(whole, keys, values, layer, counts, scale, sinks, kernel)
+        rows, backend = self._admit(q, k, v, plan, layer, None, scale, sinks, kernel)
         meets = isinstance(plan.schedule, Tree)
-        if not meets and any(self._lengths[layer]):
-            raise ValueError(
-                f"plan: got {plan.schedule} for tokens that follow {max(self._lengths[layer])} others, expected "
-                "queries that go to the keys; make it with cache.plan"
-            )
         moved = [q, k, v] if meets else [k, v]
         everyone = [slice(0, x.shape[2]) for x in moved]
         dealt = [Dealt([heads] * self.world.size, plan.tokens_on(q.device)) for heads in everyone]
         out = None if meets else attention(q, k, v, plan, scale=scale, sinks=sinks, kernel=kernel)
         *queries, keys, values = to_heads(self.world, moved, dealt, "kv")
-        partial = self._append(queries[0] if meets else None, keys, values, layer, rows, scale, sinks, backend)
-        return tree.merged_of_tokens(plan, partial, q.dtype)[0] if out is None else out
+        partials = self._append(queries[0] if meets else None, keys, values, layer, rows, scale, sinks, backend)
+        return tree.merged_of_tokens(plan, _joined(partials), q.dtype)[0] if out is None else out
 
     def truncate(self, length: int | Sequence[int]) -> None:
         """Forget all but the first tokens of every row: of each row so many, where a list is given. On all ranks alike.
 
-        Raises ValueError, and changes nothing, for more tokens than there are, and where keys that the next query would
-        see were given up: at least the last :attr:`chunk` tokens can always be taken back.
+        Raises ValueError, and changes nothing, for more tokens than there are; and where the mask forgets keys, for
+        fewer than the longest that the text was less :attr:`chunk` (or none): what went before may be overwritten.
         """
+        wanted = self.check_truncate(length)
+        for lengths, written in zip(self._lengths, self._written, strict=True):
+            lengths[:] = wanted
+            written[:] = [most if n else 0 for n, most in zip(wanted, written, strict=True)]
+        self._agreed = False
+
+    def check_truncate(self, length: int | Sequence[int]) -> list[int]:
+        """The length of each row after :meth:`truncate`, or its ValueError; nothing is changed."""
         wanted = [length] * self.batch if isinstance(length, int) else list(length)
-        if len(wanted) != self.batch or not all(isinstance(x, int) and x >= 0 for x in wanted):
-            raise ValueError(
-                f"length: got {length!r}, expected a number of tokens, or one for each of {self.batch} rows"
-            )
+        if len(wanted) != self.batch or not all(_is_count(n) for n in wanted):
+            raise ValueError(f"length: got {length!r}, expected a number of tokens, or one for each row")
         for lengths, written in zip(self._lengths, self._written, strict=True):
             for row, (n, had, most) in enumerate(zip(wanted, lengths, written, strict=True)):
                 if n > had:
-                    raise ValueError(f"length: got {n} for row {row}, expected at most {had}, its length")
-                if n < had and not all(store.holds(n, most) for store in self._stores):
                     raise ValueError(
-                        f"length: got {n} for row {row} of {had} tokens, expected at least "
-                        f"{max(0, most - self.chunk)}: keys that its next query would see were let go; free the row"
+                        f"length: got {n} for row {row}, expected at most {had}, its length in every layer"
                     )
-        self._lengths = [[int(n) for n in wanted] for _ in self._lengths]
-        self._agreed = False
+                if self._forgets and 0 < n < min(had, most - self.chunk):
+                    raise ValueError(
+                        f"length: got {n} for row {row} of {had} tokens, expected 0, or at least {most - self.chunk}: "
+                        "the mask forgets keys, and those of more than the last chunk may be gone"
+                    )
+        return wanted
 
     def free(self, rows: Iterable[int] | None = None) -> None:
         """Forget the texts of some rows, or of all, which may then begin anew. On all ranks alike."""
@@ -295,8 +293,8 @@ class KVCache:
     def _append(
         self, q: Tensor | None, k: Tensor, v: Tensor, layer: int, counts: Sequence[int], scale: float | None,
         sinks: Tensor | None, backend: Kernel,
-    ) -> Partial:  # fmt: skip
-        """Write new tokens, and attend with their queries (if any) to what is here; some at a time where keys go."""
+    ) -> list[Partial]:  # fmt: skip
+        """Write new tokens, and attend with their queries (if any) to what is here: a chunk at a time where keys go."""
         partials = []
         for new, some in self._cut(k.shape[1], counts):
             step = self._advance(layer, some, new.stop - new.start)
@@ -307,14 +305,9 @@ class KVCache:
                 there = [(step.sections, (self._k[layer], self._v[layer]))]
                 mine = sinks if self.world.rank == 0 else None
                 factor = q.shape[3] ** -0.5 if scale is None else scale
-                partials.append(
-                    attend(self._groups, there, q[:, new], self.kv_heads, v.shape[3], mine, factor, backend)
-                )
-        if len(partials) == 1:
-            return partials[0]
-        empty = k.new_empty(0)
-        outs, lses = [p.out for p in partials] or [empty], [p.lse for p in partials] or [empty]
-        return Partial(torch.cat(outs, 1 if partials else 0), torch.cat(lses, -1))
+                partial = attend(self._groups, there, q[:, new], self.kv_heads, v.shape[3], mine, factor, backend)
+                partials.append(partial)
+        return partials
 
     def _cut(self, tokens: int, counts: Sequence[int]) -> list[tuple[slice, tuple[int, ...]]]:
         """Slices of the tokens, and how many of each every row appends."""
@@ -359,34 +352,34 @@ class KVCache:
         return found
 
     def _rows(self, rows: Iterable[int]) -> list[int]:
-        found = list(rows)
+        found = list(rows) if isinstance(rows, Iterable) else [rows]
         for row in found:
-            if not isinstance(row, int) or not 0 <= row < self.batch:
+            if not _is_count(row) or row >= self.batch:
                 raise ValueError(f"row: got {row!r}, expected 0 .. {self.batch - 1}")
-        return [int(row) for row in found]
+        return found
 
     def _admit(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, counts: Sequence[int] | None, scale: float | None,
-        sinks: Tensor | None, kernel: str,
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, layer: int, counts: Sequence[int] | None,
+        scale: float | None, sinks: Tensor | None, kernel: str,
     ) -> tuple[list[int], Kernel]:  # fmt: skip
         """How many tokens each row appends, and the kernel; ValueError for what can't be: on all ranks at first."""
         found, refusal = None, None
         try:
-            found = self._check(q, k, v, layer, counts, scale, sinks), kernel_named(kernel)
+            found = self._check(q, k, v, plan, layer, counts, scale, sinks), kernel_named(kernel)
             found[1].check(q, k, v, [])
         except Exception as error:  # whatever it is, the other ranks must hear of it
             refusal = error
         if self._agreed and refusal is not None:
             raise refusal
         if not self._agreed:
-            agree(self.world, "seqpar.KVCache", self._fields(q, v, counts, scale, kernel), refusal)
+            tokens = q.shape[1:2] if plan is None else plan.length
+            call = layer, tokens, found and found[0], scale, kernel, sinks is not None, plan and plan.identity
+            agree(self.world, "seqpar.KVCache", self._fields(call), refusal)
             self._agreed = True
         assert found is not None, "an inadmissible call was agreed on"
         return found
 
-    def _fields(
-        self, q: Tensor, v: Tensor, counts: Sequence[int] | None, scale: float | None, kernel: str
-    ) -> dict[str, object]:
+    def _fields(self, call: object) -> dict[str, object]:
         """What all ranks must have in common: the cache, what is in it, and the call."""
         return {
             "mask": fingerprint(self.mask),
@@ -397,51 +390,79 @@ class KVCache:
             "batch and layers": (self.batch, self.layers),
             "schedule": self.schedule,
             "lengths": self._lengths,
-            "tokens": (tuple(q.shape[:2]), counts if counts is None else list(counts)),
-            "scale": scale,
-            "kernel": kernel,
+            "call": call,
         }
 
     def _check(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, counts: Sequence[int] | None, scale: float | None,
-        sinks: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | None, layer: int, counts: Sequence[int] | None,
+        scale: float | None, sinks: Tensor | None,
     ) -> list[int]:  # fmt: skip
-        if not isinstance(layer, int) or not 0 <= layer < self.layers:
+        if not _is_count(layer) or layer >= self.layers:
             raise ValueError(f"layer: got {layer!r}, expected 0 .. {self.layers - 1}; make the cache with more layers")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
             raise ValueError(
                 "KVCache: got inputs that require gradients, expected none, for nothing differentiates a cache; call "
                 "it under torch.no_grad()"
             )
         check_scale(scale)
-        own, tokens = self._k[layer], q.shape[1] if q.dim() == 4 else 0
+        own, tokens, least = self._k[layer], q.shape[1] if q.dim() == 4 else 0, "at least one, "
+        if plan is not None:
+            if plan not in self._plans:
+                raise ValueError(f"plan: got {plan!r}, expected one that this cache's plan() made")
+            if not isinstance(plan.schedule, Tree) and any(self._lengths[layer]):
+                raise ValueError(
+                    f"plan: got {plan.schedule} for tokens that follow {max(self._lengths[layer])} others, expected "
+                    "queries that go to the keys; make it anew with cache.plan"
+                )
+            tokens, least = len(plan.queries), f"{len(plan.queries)} of this rank's, "
         for name, x, heads, width in (
             ("q", q, self.heads, own.shape[3]),
             ("k", k, self.kv_heads, own.shape[3]),
             ("v", v, self.kv_heads, self._v[layer].shape[3]),
         ):
-            if tuple(x.shape) != (self.batch, tokens, heads, width) or not tokens:
-                expected = f"[{self.batch}, tokens, {heads}, {width}], of as many tokens, at least one, in q, k and v"
+            if tuple(x.shape) != (self.batch, tokens, heads, width) or not (tokens or plan):
+                expected = f"[{self.batch}, tokens, {heads}, {width}], of as many tokens, {least}in q, k and v"
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
             if x.dtype != own.dtype or x.device != own.device:
                 raise ValueError(
                     f"{name}: got {x.dtype} on {x.device}, expected the cache's {own.dtype} on {own.device}"
                 )
-        if sinks is not None and (tuple(sinks.shape) != (self.heads,) or sinks.device != own.device):
-            raise ValueError(
-                f"sinks: got {tuple(sinks.shape)} on {sinks.device}, expected [{self.heads}] on {own.device}"
-            )
-        rows = [tokens] * self.batch if counts is None else list(counts)
-        if len(rows) != self.batch or not all(isinstance(n, int) and 0 <= n <= tokens for n in rows):
+        if sinks is not None and (
+            tuple(sinks.shape) != (self.heads,) or not sinks.is_floating_point() or sinks.device != own.device
+        ):
+            got = f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
+            raise ValueError(f"sinks: got {got}, expected a floating [{self.heads}] on {own.device}")
+        tokens = tokens if plan is None else plan.length
+        rows = self._counted(counts, tokens) if plan is None else self._plans[plan]
+        self._check_room(rows, self._lengths[layer])
+        return rows
+
+    def _counted(self, counts: Sequence[int] | None, tokens: int) -> list[int]:
+        """How many of so many tokens each row appends."""
+        rows = [tokens] * self.batch if counts is None else list(counts) if isinstance(counts, Sequence) else [-1]
+        if len(rows) != self.batch or not all(_is_count(n) and n <= tokens for n in rows):
             raise ValueError(f"counts: got {counts!r}, expected 0 .. {tokens} for each of {self.batch} rows")
-        for row, (length, count) in enumerate(zip(self._lengths[layer], rows, strict=True)):
+        return rows
+
+    def _check_room(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        for row, (length, count) in enumerate(zip(lengths, rows, strict=True)):
             if length + count > self.capacity:
                 raise ValueError(
                     f"KVCache: got {count} tokens for row {row}, which has {length}, expected at most "
                     f"{self.capacity - length}, for capacity={self.capacity}; make it with a larger capacity, or free "
                     "or truncate the row"
                 )
-        return [int(n) for n in rows]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _joined(partials: Sequence[Partial]) -> Partial:
+    """Of tokens one after another."""
+    if len(partials) == 1:
+        return partials[0]
+    return Partial(torch.cat([p.out for p in partials], 1), torch.cat([p.lse for p in partials], -1))
 
 
 class _Step:

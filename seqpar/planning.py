@@ -254,7 +254,8 @@ class Plan:
     ) -> dict[str, Traffic]:  # fmt: skip
         """What one attention call sends from ``rank`` (this one by default): ``forward``, and ``backward`` with dKV.
 
-        Keys and values travel unexpanded: ``rows x KV heads x (D + Dv) x bytes per element`` for each message.
+        Keys and values travel unexpanded: ``rows x KV heads x (D + Dv) x bytes per element`` for each message. Without
+        what an lse and its gradient take besides.
         """
         shape = HeadShape.of(heads, head_dim, dtype)
         assert shape.heads is not None, "heads are given"

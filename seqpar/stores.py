@@ -79,11 +79,6 @@ class Store:
         forgets = rows < int(mine.count_in_one(torch.tensor(min(capacity, last))).max())
         return cls(number, part, heads, mine, last, rows, first, forgets)
 
-    def holds(self, length: int, written: int) -> bool:
-        """Whether all that the next query of a text of this length sees is there, where ``written`` tokens were."""
-        low, end = limits(self.part, torch.tensor(length))[0].clamp(min=0), torch.tensor(min(written, self.last))
-        return bool((self.mine.count_in_one(end) - self.mine.count_in_one(torch.minimum(low, end)) <= self.rows).all())
-
     def pages(self, length: int) -> Tensor:
         """Which pages of a text of this length are here and seen by the next query: bool ``[heads, pages]``.
 

@@ -22,6 +22,7 @@ from seqpar import (
     SlidingWindow,
     SparselySharded,
 )
+from seqpar import plan as plan_of
 from seqpar.comm import Traffic, World, run_loopback
 from support.oracle import dense_attention, error
 
@@ -143,7 +144,7 @@ def test_ranks_share_a_prompt_a_chunk_at_a_time(name: str, schedule: str) -> Non
             counts = [max(0, min(count, at + count - p)) for p in pads]
             plan = cache.plan(count, counts=counts, schedule=schedule)
             local = [plan.shard(y[:, at : at + count]) for y in padded]
-            outs.append(plan.unshard(cache.prefill(*local, plan, counts=counts)))
+            outs.append(plan.unshard(cache.prefill(*local, plan)))
             at += count
         while at < total:
             outs.append(cache.attend(*(y[:, at : at + 1] for y in padded)))
@@ -301,7 +302,10 @@ def test_pages_of_a_sparse_head_follow_the_formula_and_are_even_over_ranks() -> 
         (lambda: cache_of(Causal()).attend(*inputs(), counts=[1]), "counts: got [1], expected 0 .. 300 for each of 2"),
         (lambda: cache_of(Causal()).truncate(3), "length: got 3 for row 0, expected at most 0, its length"),
         (lambda: cache_of(Causal()).fork(2, into=0), "row: got 2, expected 0 .. 1"),
-        (lambda: filled(SlidingWindow(40)).truncate(100), "length: got 100 for row 0 of 300 tokens, expected at least"),
+        (
+            lambda: filled(SlidingWindow(40)).truncate(100),
+            "length: got 100 for row 0 of 300 tokens, expected 0, or at least 260",
+        ),
         (lambda: cache_of(Causal()).attend(*inputs(), scale=float("nan")), "scale: got nan, expected a finite number"),
         (lambda: cache_of(Causal()).attend(*inputs(), kernel="fast"), "kernel: got 'fast', expected one of auto"),
         (lambda: cache_of(Causal()).attend(*(x.requires_grad_() for x in inputs())), "call it under torch.no_grad()"),
@@ -370,6 +374,45 @@ def test_ranks_whose_caches_differ(differs: Callable[[int], dict], words: str) -
     messages = run_loopback(2, job)
     assert messages[0] == messages[1]
     assert words in messages[0]
+
+
+def test_what_can_be_taken_back_is_the_same_on_every_rank() -> None:
+    def job(w: World) -> list[int]:
+        cache, allowed = cache_of(SlidingWindow(1), group=w, chunk=2, page=1), []
+        append(cache, 20)
+        for n in range(20, 0, -1):
+            try:
+                cache.truncate(n)
+                allowed.append(n)
+            except ValueError:
+                pass
+        assert error(append(cache, 5), whole_of_window_one(18)) <= 1e-10
+        return allowed
+
+    assert run_loopback(4, job) == [[20, 19, 18]] * 4
+
+
+def whole_of_window_one(first: int) -> Tensor:
+    i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    return dense_attention(*inputs(), ((i >= j) & (i - j <= 1))[None, None])[0][:, first : first + 5]
+
+
+def test_a_plan_that_the_cache_did_not_make_is_refused_on_every_rank() -> None:
+    def job(w: World) -> None:
+        cache = cache_of(Causal(), group=w)
+        foreign = plan_of(SlidingWindow(1), length=8, group=w, heads=HEADS)
+        mine = cache.plan(8, counts=[8, 3], schedule="ring")
+        local = [mine.shard(x[:, :8]) for x in inputs()]
+        with pytest.raises(ValueError, match="expected one that this cache's plan"):
+            cache.prefill(*local, foreign)
+        some = [x[:, :1] for x in local] if w.rank == 0 else local
+        with pytest.raises(ValueError, match=r"rank 0: q: got shape .*, expected .* 4 of this rank's, in q, k and v"):
+            cache.prefill(*some, mine)
+        assert cache.lengths == (0, 0)
+        cache.prefill(*local, mine)
+        assert cache.lengths == (8, 3)
+
+    run_loopback(2, job)
 
 
 def test_ranks_whose_texts_differ_and_then_do_not() -> None:

@@ -125,6 +125,38 @@ def test_drafts_that_are_looked_up_in_the_prompt(name: str) -> None:
         assert torch.equal(ours, sequences)
 
 
+def test_drafts_after_a_prefill_are_refused() -> None:
+    """transformers gives the first step of drafts the whole prompt, whatever the cache holds."""
+    tokens, mask = prompts(1)
+    model = copy.deepcopy(model_of("llama", "seqpar"))
+    held = huggingface.sharded_cache(model, capacity=130)
+    huggingface.prefill(model, tokens, held)
+    with pytest.raises(ValueError, match="got tokens up to position 44 for row 0, expected 88, those after the 44"):
+        model.generate(tokens, attention_mask=mask, past_key_values=held, prompt_lookup_num_tokens=3, do_sample=False)
+    held.reset()
+    ours = model.generate(tokens, attention_mask=mask, past_key_values=held, max_new_tokens=9, do_sample=False)
+    assert torch.equal(ours, expected("llama", 1, 9)[0])
+
+
+def test_refused_crops_and_masks_change_nothing() -> None:
+    model = copy.deepcopy(model_of("llama", "seqpar"))
+    masks = [seqpar.Causal(), seqpar.SlidingWindow(10)]
+    held = huggingface.sharded_cache(model, capacity=900, masks=masks, page=8)
+    tokens = torch.ones(1, 800, dtype=torch.int64)
+    huggingface.prefill(model, tokens, held)
+    with pytest.raises(ValueError, match="expected 0, or at least"):
+        held.crop(-600)
+    with pytest.raises(ValueError, match="crop: got -800, expected at least -799"):
+        held.crop(-800)
+    with pytest.raises(ValueError, match="crop the cache"):
+        held.layers[0].crop(-1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 5\), expected \[1, 800\]"):
+            model(tokens[:, :1], attention_mask=torch.zeros(1, 5, dtype=torch.int64), past_key_values=held)
+    assert [c.lengths for c in held.caches.values()] == [(799,), (799,)]
+    assert held.get_seq_length() == 799
+
+
 def test_beams() -> None:
     tokens, mask = prompts(1)
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -114,7 +114,8 @@ class KVCache:
         last = torch.tensor(capacity - 1)  # whatever rank this is
         self._forgets = any(int(limits(part, last)[0]) > 0 for each in self._groups for part in each.parts)
         self._plans: WeakKeyDictionary[Plan, list[int]] = WeakKeyDictionary()
-        self._steps = lru_cache(maxsize=8)(self._step)  # all layers take the same
+        planned = partial(_step, tuple(self._stores), self.kv_heads, rows)
+        self._steps = lru_cache(maxsize=8)(planned)  # all layers take the same
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -172,8 +173,8 @@ class KVCache:
                 then as it was. At a text's first call on every rank, where the ranks' caches or calls differ.
         """
         rows, backend = self._admit(q, k, v, None, layer, counts, scale, sinks, kernel)
-        partial = _joined(self._append(q, k, v, layer, rows, scale, sinks, backend))
-        return tree.merged(self._levels, partial, q.dtype, self.schedule.merge, wants_lse=False)[0]
+        whole = _joined(self._append(q, k, v, layer, rows, scale, sinks, backend))
+        return tree.merged(self._levels, whole, q.dtype, self.schedule.merge, wants_lse=False)[0]
 
     def plan(
         self, tokens: int, *, counts: Sequence[int] | None = None, layout: str = "zigzag",
@@ -305,13 +306,13 @@ class KVCache:
                 there = [(step.sections, (self._k[layer], self._v[layer]))]
                 mine = sinks if self.world.rank == 0 else None
                 factor = q.shape[3] ** -0.5 if scale is None else scale
-                partial = attend(self._groups, there, q[:, new], self.kv_heads, v.shape[3], mine, factor, backend)
-                partials.append(partial)
+                found = attend(self._groups, there, q[:, new], self.kv_heads, v.shape[3], mine, factor, backend)
+                partials.append(found)
         return partials
 
     def _cut(self, tokens: int, counts: Sequence[int]) -> list[tuple[slice, tuple[int, ...]]]:
         """Slices of the tokens, and how many of each every row appends."""
-        size = self.chunk if any(store.forgets for store in self._stores) else tokens
+        size = self.chunk if self._forgets else tokens
         cuts = []
         for first in range(0, tokens, size):
             end = min(first + size, tokens)
@@ -323,19 +324,6 @@ class KVCache:
         lengths[:] = [length + count for length, count in zip(lengths, counts, strict=True)]
         written[:] = [max(pair) for pair in zip(written, lengths, strict=True)]
         return self._steps(tuple(map(Appended, lengths, counts)), tokens)
-
-    def _step(self, appended: tuple[Appended, ...], tokens: int) -> _Step:
-        """What every layer does with new tokens."""
-        taken, put, rows = [], [], self._k[0].shape[1]
-        for number, row in enumerate(appended):
-            for store in self._stores:
-                token, head, into = store.writes(row)
-                first = number * tokens + tokens - row.new
-                taken.append((first + token) * self.kv_heads + head)
-                put.append(number * rows + into)
-        sections = [section for store in self._stores for section in store.sections(appended, tokens)]
-        none = torch.zeros(0, dtype=torch.int64)
-        return _Step(tuple(sections), torch.cat([none, *taken]), torch.cat([none, *put]))
 
     def _page(self, page: int | None) -> int:
         blocks = {part.stripes.block for group in self._groups for part in group.parts if part.stripes is not None}
@@ -478,3 +466,17 @@ class _Step:
             taken, put = self._moves[torch.device("cpu")]
             self._moves[device] = taken.to(device), put.to(device)
         return self._moves[device]
+
+
+def _step(stores: Sequence[Store], kv_heads: int, rows: int, appended: tuple[Appended, ...], tokens: int) -> _Step:
+    """The step of a cache of so many rows: each batch row's new tokens are the last of ``tokens``."""
+    taken, put = [], []
+    for number, row in enumerate(appended):
+        for store in stores:
+            token, head, into = store.writes(row)
+            first = number * tokens + tokens - row.new
+            taken.append((first + token) * kv_heads + head)
+            put.append(number * rows + into)
+    sections = [section for store in stores for section in store.sections(appended, tokens)]
+    none = torch.zeros(0, dtype=torch.int64)
+    return _Step(tuple(sections), torch.cat([none, *taken]), torch.cat([none, *put]))

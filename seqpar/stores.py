@@ -41,7 +41,6 @@ class Store:
         last: from this position on nothing is seen in this part.
         rows: to a head.
         first: the first row, among all rows of the cache.
-        forgets: whether rows are used again.
     """
 
     group: int
@@ -51,7 +50,6 @@ class Store:
     last: int
     rows: int
     first: int
-    forgets: bool
 
     @classmethod
     def of(
@@ -76,8 +74,7 @@ class Store:
         end = (begin + page + chunk).clamp(max=min(capacity, last))
         low = torch.minimum(limits(part, begin)[0].clamp(min=0), end)
         rows = int((mine.count_in_one(end) - mine.count_in_one(low)).max())
-        forgets = rows < int(mine.count_in_one(torch.tensor(min(capacity, last))).max())
-        return cls(number, part, heads, mine, last, rows, first, forgets)
+        return cls(number, part, heads, mine, last, rows, first)
 
     def pages(self, length: int) -> Tensor:
         """Which pages of a text of this length are here and seen by the next query: bool ``[heads, pages]``.

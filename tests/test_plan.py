@@ -302,7 +302,7 @@ def test_ranks_that_disagree(field: str, mine: dict, theirs: dict) -> None:
         ({"layout": [[0, 1], [2, 3]]}, "layout: queries hold 4 positions"),
         (
             {"schedule": "bus"},
-            "schedule: got 'bus', expected one of ring, allgather, ulysses, auto, double_ring, hybrid, or",
+            "schedule: got 'bus', expected one of ring, allgather, ulysses, tree, auto, double_ring, hybrid, or",
         ),
         ({"heads": (6, 4)}, r"heads: got \(6, 4\), expected query heads to be a multiple of KV heads"),
         ({"head_dim": 0}, "head_dim: got 0, expected a positive integer"),

@@ -275,6 +275,8 @@ def test_pages_of_a_sparse_head_follow_the_formula_and_are_even_over_ranks() -> 
             for head in range(4):
                 held = [pages[head] for pages in each]
                 assert max(held) - min(held) <= 2, "every head's pages are even over ranks"
+        totals = [sum(rank[blocks - 1]) for rank in ranks]
+        assert max(totals) - min(totals) <= 5, "and so are all heads' together: their stripes begin on different ranks"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 FEW_QUERIES = 8
 """Up to so many, two matrix products read each key once for all query heads that share it, where PyTorch's flash kernel
-reads it for each of them: several times as fast (docs/decoding.md)."""
+reads it for each of them (docs/decoding.md)."""
 
 
 class CpuFlash:

@@ -35,7 +35,7 @@ class Itinerary:
         exchange: how keys travel; ``none`` where all queries come to them.
         inside: how many consecutive ranks form a ring of their own, in a ring of such rings; else all of them.
         reached: what all ranks reach, where keys travel; a direct exchange moves just the rows that are needed.
-        seen: by group of heads and its parts, what the queries see that are computed with here.
+        seen: by group of heads and its parts, what all queries see, where they come to the keys; else nothing.
     """
 
     rank: int
@@ -175,7 +175,7 @@ def itinerary(
             assert source is not None, "keys are sent directly by one rank each"
             wanted = wanted_rows(groups, reached, rank, keys)
             found.append(block_of_heads(source, keys, wanted, groups, seen))
-    return Itinerary(rank, layout, groups, count, marked_final(found, len(groups)), exchange, inside, reached, seen)
+    return Itinerary(rank, layout, groups, count, marked_final(found, len(groups)), exchange, inside, reached, [])
 
 
 @lru_cache(maxsize=32)

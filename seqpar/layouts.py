@@ -73,11 +73,6 @@ class Layout:
         """Everything that tells this layout from another, as plain values."""
         return [[positions.content for positions in held] for held in (self.queries, self.keys)]
 
-    @property
-    def replicated(self) -> bool:
-        """Whether every rank holds all queries."""
-        return len(self.queries) > 1 and all(queries == self.queries[0] for queries in self.queries)
-
     def merged(self, ranks: int) -> Layout:
         """What every ``ranks`` consecutive ranks hold together."""
         return self if ranks == 1 else Layout(self.name, merged(self.queries, ranks), merged(self.keys, ranks))
@@ -137,8 +132,7 @@ def _replicated(
         _check_held("keys", layout.keys, kv_length, world)
         name, keys = layout.name, layout.keys
     else:
-        if kv_length < world:
-            _check_enough(world, kv_length, world)
+        _check_enough(world, kv_length, world)  # of queries any number will do
         documents = mask.documents
         if length != kv_length and documents is not None:
             mask = Documents(documents.keys)

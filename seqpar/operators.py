@@ -45,8 +45,7 @@ def attention_op(
             flat = [x.view(-1) for x in traded]
             return out, lse, flat[0], flat[1], flat[2], flat[3], flat[4]
         if isinstance(found.schedule, Tree):
-            # What is sent must be the same on every rank, and only some may need gradients: lse is always there.
-            out, lse, gathered = tree.forward(found, q, k, v, sinks, scale, backend, wants_lse=True)
+            out, lse, gathered = tree.forward(found, q, k, v, sinks, scale, backend)
             nothing = [x.new_empty(0) for x in (q, q, q, lse)]
             return out, lse, gathered.view(-1), nothing[0], nothing[1], nothing[2], nothing[3]
         partial = ring.forward(found, q, k, v, sinks, scale, backend)
@@ -78,7 +77,7 @@ def attention_backward_op(
                 dlse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device)
             return ulysses.backward(found, dout, dlse, traded, q, k, v, sinks, scale, backend)
         if isinstance(found.schedule, Tree):
-            if wants_lse and dlse is None and not found.replicated:  # as above
+            if wants_lse and dlse is None and not found.replicated:  # as above: other ranks may have one
                 dlse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device)
             dq, dk, dv, dsinks = tree.backward(found, dout, dlse, traded[0], q, k, v, out, lse, sinks, scale, backend)
         else:

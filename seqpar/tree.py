@@ -44,19 +44,19 @@ class Attended(NamedTuple):
 
 
 def forward(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: Kernel,
-    wants_lse: bool,
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, kernel: Kernel
 ) -> Attended:  # fmt: skip
     """q ``[B, T, H, D]``: all queries, or this rank's; k, v ``[B, T, Hkv, D]`` are this rank's. Dual: backward.
 
-    Sinks are one key more, which the first rank sees.
+    Every rank gets the lse, which only some may need: what is sent must not depend on it. Sinks are one key more, which
+    the first rank sees.
     """
     schedule, dtype = _schedule(plan), q.dtype
     queries = q if plan.replicated else _gather(plan, [q], "q")[0]
     mine = sinks if plan.world.rank == 0 else None
     partial = ring.forward(plan, queries, k, v, mine, scale, kernel)
     if plan.replicated:
-        out, lse = merged(plan.levels, partial, dtype, schedule.merge, wants_lse=wants_lse)
+        out, lse = merged(plan.levels, partial, dtype, schedule.merge, wants_lse=True)
         return Attended(out, lse, q.new_empty(0))
     return Attended(*merged_of_tokens(plan, partial, dtype), queries)
 

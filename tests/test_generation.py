@@ -155,6 +155,9 @@ def test_refused_crops_and_masks_change_nothing() -> None:
             model(tokens[:, :1], attention_mask=torch.zeros(1, 5, dtype=torch.int64), past_key_values=held)
     assert [c.lengths for c in held.caches.values()] == [(799,), (799,)]
     assert held.get_seq_length() == 799
+    held.crop(-9)
+    assert [c.lengths for c in held.caches.values()] == [(790,), (790,)]
+    assert held.get_seq_length() == 790
 
 
 def test_beams() -> None:

@@ -1,0 +1,134 @@
+"""What the frameworks' own configurations can say about attention: flags, a JSON section, keyword arguments."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, get_args, get_type_hints
+
+import seqpar
+from seqpar.kernels import KERNEL_NAMES
+
+ScheduleName = Literal["auto", "ring", "double_ring", "allgather", "ulysses", "hybrid"]
+MaskName = Literal["causal", "full", "window", "chunked", "s2"]
+
+_BY_DEGREE = {"double_ring": seqpar.DoubleRing, "hybrid": seqpar.Ulysses}
+# Options of one mask or schedule only, and of which.
+_BELONGS = {
+    "window": ("mask", ("window",)),
+    "chunk": ("mask", ("chunked",)),
+    "s2_block": ("mask", ("s2",)),
+    "s2_local": ("mask", ("s2",)),
+    "s2_stride": ("mask", ("s2",)),
+    "s2_dense_heads": ("mask", ("s2",)),
+    "s2_dense_layers": ("mask", ("s2",)),
+    "s2_allow_incomplete": ("mask", ("s2",)),
+    "degree": ("schedule", tuple(_BY_DEGREE)),
+    "exchange": ("schedule", ("ring",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """How a model's attention is computed, in plain values. Raises ValueError for what doesn't fit together."""
+
+    schedule: ScheduleName = "ring"
+    """How keys and queries of different ranks meet."""
+    degree: int | None = None
+    """Consecutive ranks inside a node, for double_ring and hybrid; as the group has it where not given."""
+    exchange: Literal["auto", "forward", "direct"] = "auto"
+    """The ring's exchange: every shard to every rank, or only the rows that some query needs."""
+    kernel: str = "auto"
+    """What computes the local blocks: auto, triton, cpu, reference, ..."""
+    mask: MaskName = "causal"
+    """Who attends to whom inside a document."""
+    window: int | None = None
+    """Tokens that a query sees with mask window, itself included."""
+    chunk: int | None = None
+    """Tokens of a chunk with mask chunked, which is causal inside chunks."""
+    s2_block: int = 64
+    """Tokens of a block with mask s2, a power of two."""
+    s2_local: int = 16
+    """Blocks that every head sees up to the query's own, with mask s2."""
+    s2_stride: int | None = None
+    """With mask s2, a KV head sees one in so many of the older blocks; as many as sparse KV heads where not given."""
+    s2_dense_heads: int = 0
+    """KV heads, the last ones, that see everything with mask s2."""
+    s2_dense_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that see everything with mask s2."""
+    s2_allow_incomplete: bool = False
+    """Let there be older blocks that no head sees with mask s2; otherwise that is refused."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("schedule", get_args(ScheduleName)), ("mask", get_args(MaskName))):
+            self._one_of(name, allowed)
+        self._one_of("kernel", KERNEL_NAMES)
+        if not isinstance(self.s2_dense_layers, (tuple, list)):
+            raise ValueError(f"s2_dense_layers: got {self.s2_dense_layers!r}, expected a list of layers")
+        object.__setattr__(self, "s2_dense_layers", tuple(self.s2_dense_layers))
+        for field in fields(self):
+            of, values = _BELONGS.get(field.name, ("", ()))
+            if values and getattr(self, field.name) != field.default and getattr(self, of) not in values:
+                raise ValueError(
+                    f"{field.name}: got {getattr(self, field.name)!r} with {of} {getattr(self, of)!r}, which has none; "
+                    f"expected {of} {' or '.join(values)}: set it, or drop {field.name}"
+                )
+        for name, needs in (("window", "window"), ("chunk", "chunked")):
+            value = getattr(self, name)
+            if self.mask == needs and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: got {value!r} with mask {needs}, expected a positive number of tokens")
+        _ = self.schedule_object, self._sparse(1 + self.s2_dense_heads)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], where: str) -> AttentionOptions:
+        """From a configuration's section. Raises ValueError, naming `where`, for keys that there are not."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"{where}: got unknown key {name!r}; {hint}expected keys among {', '.join(known)}")
+        try:
+            return cls(**given)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    @cached_property
+    def schedule_object(self) -> str | seqpar.Ring | seqpar.DoubleRing | seqpar.Ulysses:
+        """What `seqpar.plan` takes as its schedule."""
+        if self.degree is not None:
+            return _BY_DEGREE[self.schedule](degree=self.degree)
+        return seqpar.Ring(exchange=self.exchange) if self.schedule == "ring" else self.schedule
+
+    def layer_mask(self, layer: int, kv_heads: int) -> seqpar.Mask:
+        """The mask of a layer, counted from 0, inside a document; `kv_heads` are the whole model's."""
+        if self.mask == "window":
+            assert self.window is not None, "a window was checked"
+            return seqpar.SlidingWindow(self.window - 1)
+        if self.mask == "chunked":
+            assert self.chunk is not None, "a chunk was checked"
+            return seqpar.Causal() & seqpar.Chunked(self.chunk)
+        if self.mask == "s2" and layer not in self.s2_dense_layers:
+            return self._sparse(kv_heads)
+        return seqpar.Full() if self.mask == "full" else seqpar.Causal()
+
+    def layer_masks(self, layers: int, kv_heads: int) -> list[seqpar.Mask]:
+        """Of each layer. Raises ValueError where the options don't fit the model."""
+        wrong = [layer for layer in self.s2_dense_layers if not 0 <= layer < layers]
+        if wrong:
+            raise ValueError(
+                f"s2_dense_layers: got {wrong[0]} for a model of {layers} layers, expected 0 .. {layers - 1}"
+            )
+        return [self.layer_mask(layer, kv_heads) for layer in range(layers)]
+
+    def _sparse(self, kv_heads: int) -> seqpar.SparselySharded:
+        stride = self.s2_stride or max(1, kv_heads - self.s2_dense_heads)
+        return seqpar.SparselySharded(
+            self.s2_block, self.s2_local, stride, self.s2_dense_heads, allow_incomplete=self.s2_allow_incomplete
+        )
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")

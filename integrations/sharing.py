@@ -1,0 +1,67 @@
+"""Plans for callers that know a batch only when attention is called: the layers of a model share them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, MutableMapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+import seqpar
+from seqpar.comm import Group, World, connect
+
+KEPT = 32
+"""Plans of a group that are kept, the latest."""
+
+
+class SharedPlans:
+    """The latest plans over one group of ranks. A layer keeps `SharedPlans.of(group)`, the same as its neighbours.
+
+    A plan is agreed on by all ranks, and the layers of a model should not do so one by one. So of a team of layers the
+    first to ask leads: it agrees on a plan for every batch, and the others find that by the batch. As all ranks have
+    the same layers, in each layer either all of them agree or none does, whatever their batches are.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._plans: OrderedDict[Hashable, seqpar.Plan] = OrderedDict()
+        self._leaders: MutableMapping[Hashable, Any] = WeakValueDictionary()
+
+    @classmethod
+    def of(cls, group: Group) -> SharedPlans:
+        """Those of a group, as long as some layer keeps them."""
+        world = connect(group)
+        key = id(world.lasting) if world.size > 1 else None  # which they keep alive: no other has it meanwhile
+        found = _of_groups.get(key)
+        if found is None:
+            found = _of_groups[key] = cls(world)
+        return found
+
+    def plan(self, caller: object, team: Hashable, mask: seqpar.Mask, **arguments: Any) -> seqpar.Plan:
+        """The plan of `seqpar.plan(mask, group=..., **arguments)`.
+
+        caller: the layer, the same object batch after batch. team: equal for layers whose masks differ by batch alone.
+        """
+        key = (mask, *sorted(arguments.items()))
+        if self._leaders.setdefault(team, caller) is caller or key not in self._plans:
+            plan = seqpar.plan(mask, group=self.world, **arguments)
+            self._plans.setdefault(key, plan)  # an earlier one knows what its calls agreed on
+        self._plans.move_to_end(key)
+        while len(self._plans) > KEPT:
+            self._plans.popitem(last=False)
+        return self._plans[key]
+
+
+_of_groups: MutableMapping[int | None, SharedPlans] = WeakValueDictionary()
+_bounds: MutableMapping[Tensor, tuple[int, list[int]]] = WeakIdKeyDictionary()
+
+
+def bounds_of(cu_seqlens: Tensor) -> list[int]:
+    """The numbers in a 1-D tensor, read from its device once, however many layers are given it."""
+    known = _bounds.get(cu_seqlens)
+    if known is None or known[0] != cu_seqlens._version:
+        known = _bounds[cu_seqlens] = cu_seqlens._version, cu_seqlens.tolist()
+    return known[1]

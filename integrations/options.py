@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -26,54 +26,57 @@ _BELONGS = {
     "s2_dense_layers": ("mask", ("s2",)),
     "s2_allow_incomplete": ("mask", ("s2",)),
     "degree": ("schedule", tuple(_BY_DEGREE)),
-    "exchange": ("schedule", ("ring",)),
+    "exchange": ("schedule", ("ring", None)),
 }
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
     """How a model's attention is computed, in plain values. Raises ValueError for what doesn't fit together."""
 
-    schedule: ScheduleName = "ring"
-    """How keys and queries of different ranks meet."""
-    degree: int | None = None
-    """Consecutive ranks inside a node, for double_ring and hybrid; as the group has it where not given."""
-    exchange: Literal["auto", "forward", "direct"] = "auto"
-    """The ring's exchange: every shard to every rank, or only the rows that some query needs."""
-    kernel: str = "auto"
-    """What computes the local blocks: auto, triton, cpu, reference, ..."""
-    mask: MaskName = "causal"
-    """Who attends to whom inside a document."""
-    window: int | None = None
-    """Tokens that a query sees with mask window, itself included."""
-    chunk: int | None = None
-    """Tokens of a chunk with mask chunked, which is causal inside chunks."""
-    s2_block: int = 64
-    """Tokens of a block with mask s2, a power of two."""
-    s2_local: int = 16
-    """Blocks that every head sees up to the query's own, with mask s2."""
-    s2_stride: int | None = None
-    """With mask s2, a KV head sees one in so many of the older blocks; as many as sparse KV heads where not given."""
-    s2_dense_heads: int = 0
-    """KV heads, the last ones, that see everything with mask s2."""
-    s2_dense_layers: tuple[int, ...] = ()
-    """Layers, counted from 0, that see everything with mask s2."""
-    s2_allow_incomplete: bool = False
-    """Let there be older blocks that no head sees with mask s2; otherwise that is refused."""
+    schedule: ScheduleName | None = _option(
+        None,
+        "How keys and queries of different ranks meet; a ring, or as the framework's own options say, where not given.",
+    )
+    degree: int | None = _option(
+        None, "Consecutive ranks inside a node, for double_ring and hybrid; as the group has it where not given."
+    )
+    exchange: Literal["auto", "forward", "direct"] = _option(
+        "auto", "The ring's exchange: every shard to every rank, or only the rows that some query needs."
+    )
+    kernel: str = _option("auto", "What computes the local blocks: auto, triton, cpu, reference, ...")
+    mask: MaskName = _option("causal", "Who attends to whom inside a document.")
+    window: int | None = _option(None, "Tokens that a query sees with mask window, itself included.")
+    chunk: int | None = _option(None, "Tokens of a chunk with mask chunked, which is causal inside chunks.")
+    s2_block: int = _option(64, "Tokens of a block with mask s2, a power of two.")
+    s2_local: int = _option(16, "Blocks that every head sees up to the query's own, with mask s2.")
+    s2_stride: int | None = _option(
+        None,
+        "With mask s2, a KV head sees one in so many of the older blocks; as many as sparse KV heads where not given.",
+    )
+    s2_dense_heads: int = _option(0, "KV heads, the last ones, that see everything with mask s2.")
+    s2_dense_layers: tuple[int, ...] = _option((), "Layers, counted from 0, that see everything with mask s2.")
+    s2_allow_incomplete: bool = _option(
+        False, "Let there be older blocks that no head sees with mask s2; otherwise that is refused."
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("schedule", get_args(ScheduleName)), ("mask", get_args(MaskName))):
+        for name, allowed in (("schedule", (None, *get_args(ScheduleName))), ("mask", get_args(MaskName))):
             self._one_of(name, allowed)
         self._one_of("kernel", KERNEL_NAMES)
         if not isinstance(self.s2_dense_layers, (tuple, list)):
             raise ValueError(f"s2_dense_layers: got {self.s2_dense_layers!r}, expected a list of layers")
         object.__setattr__(self, "s2_dense_layers", tuple(self.s2_dense_layers))
-        for field in fields(self):
-            of, values = _BELONGS.get(field.name, ("", ()))
-            if values and getattr(self, field.name) != field.default and getattr(self, of) not in values:
+        for option in fields(self):
+            of, values = _BELONGS.get(option.name, ("", ()))
+            if values and getattr(self, option.name) != option.default and getattr(self, of) not in values:
                 raise ValueError(
-                    f"{field.name}: got {getattr(self, field.name)!r} with {of} {getattr(self, of)!r}, which has none; "
-                    f"expected {of} {' or '.join(values)}: set it, or drop {field.name}"
+                    f"{option.name}: got {getattr(self, option.name)!r} with {of} {getattr(self, of)!r}, which has none; "
+                    f"expected {of} {' or '.join(filter(None, values))}: set it, or drop {option.name}"
                 )
         for name, needs in (("window", "window"), ("chunk", "chunked")):
             value = getattr(self, name)
@@ -84,7 +87,7 @@ class AttentionOptions:
     @classmethod
     def of(cls, given: Mapping[str, Any], where: str) -> AttentionOptions:
         """From a configuration's section. Raises ValueError, naming `where`, for keys that there are not."""
-        known = [field.name for field in fields(cls)]
+        known = [option.name for option in fields(cls)]
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
@@ -100,7 +103,7 @@ class AttentionOptions:
         """What `seqpar.plan` takes as its schedule."""
         if self.degree is not None:
             return _BY_DEGREE[self.schedule](degree=self.degree)
-        return seqpar.Ring(exchange=self.exchange) if self.schedule == "ring" else self.schedule
+        return seqpar.Ring(exchange=self.exchange) if self.schedule in (None, "ring") else self.schedule
 
     def layer_mask(self, layer: int, kv_heads: int) -> seqpar.Mask:
         """The mask of a layer, counted from 0, inside a document; `kv_heads` are the whole model's."""
@@ -129,6 +132,6 @@ class AttentionOptions:
             self.s2_block, self.s2_local, stride, self.s2_dense_heads, allow_incomplete=self.s2_allow_incomplete
         )
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+    def _one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(filter(None, allowed))}")

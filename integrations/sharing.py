@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import seqpar
-from seqpar.comm import Group, World, connect
+from seqpar.comm import Group, World, agree, connect
 
 KEPT = 32
 """Plans of a group that are kept, the latest."""
@@ -46,13 +46,22 @@ class SharedPlans:
         caller: the layer, the same object batch after batch. team: equal for layers whose masks differ by batch alone.
         """
         key = (mask, *sorted(arguments.items()))
-        if self._leaders.setdefault(team, caller) is caller or key not in self._plans:
+        if self._leads(caller, team) or key not in self._plans:
             plan = seqpar.plan(mask, group=self.world, **arguments)
             self._plans.setdefault(key, plan)  # an earlier one knows what its calls agreed on
         self._plans.move_to_end(key)
         while len(self._plans) > KEPT:
             self._plans.popitem(last=False)
         return self._plans[key]
+
+    def refuse(self, caller: object, team: Hashable, refusal: ValueError) -> NoReturn:
+        """Raise it on every rank, where this rank found out before it could ask for a plan."""
+        if self._leads(caller, team):
+            agree(self.world, "seqpar.plan", {}, refusal)
+        raise refusal
+
+    def _leads(self, caller: object, team: Hashable) -> bool:
+        return self._leaders.setdefault(team, caller) is caller
 
 
 _of_groups: MutableMapping[int | None, SharedPlans] = WeakValueDictionary()

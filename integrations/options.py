@@ -30,38 +30,51 @@ _BELONGS = {
 }
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
     """How a model's attention is computed, in plain values. Raises ValueError for what doesn't fit together."""
 
-    schedule: ScheduleName | None = _option(
-        None,
-        "How keys and queries of different ranks meet; a ring, or as the framework's own options say, where not given.",
+    schedule: ScheduleName | None = field(
+        default=None,
+        metadata={
+            "help": "How keys and queries of different ranks meet; by default a ring, or what the framework is told."
+        },
     )
-    degree: int | None = _option(
-        None, "Consecutive ranks inside a node, for double_ring and hybrid; as the group has it where not given."
+    degree: int | None = field(
+        default=None,
+        metadata={
+            "help": "Consecutive ranks inside a node, for double_ring and hybrid; by default what the group says."
+        },
     )
-    exchange: Literal["auto", "forward", "direct"] = _option(
-        "auto", "The ring's exchange: every shard to every rank, or only the rows that some query needs."
+    exchange: Literal["auto", "forward", "direct"] = field(
+        default="auto", metadata={"help": "The ring's exchange: whole shards, or only the rows that some query needs."}
     )
-    kernel: str = _option("auto", "What computes the local blocks: auto, triton, cpu, reference, ...")
-    mask: MaskName = _option("causal", "Who attends to whom inside a document.")
-    window: int | None = _option(None, "Tokens that a query sees with mask window, itself included.")
-    chunk: int | None = _option(None, "Tokens of a chunk with mask chunked, which is causal inside chunks.")
-    s2_block: int = _option(64, "Tokens of a block with mask s2, a power of two.")
-    s2_local: int = _option(16, "Blocks that every head sees up to the query's own, with mask s2.")
-    s2_stride: int | None = _option(
-        None,
-        "With mask s2, a KV head sees one in so many of the older blocks; as many as sparse KV heads where not given.",
+    kernel: str = field(
+        default="auto", metadata={"help": "What computes the local blocks: auto, triton, cpu, reference, ..."}
     )
-    s2_dense_heads: int = _option(0, "KV heads, the last ones, that see everything with mask s2.")
-    s2_dense_layers: tuple[int, ...] = _option((), "Layers, counted from 0, that see everything with mask s2.")
-    s2_allow_incomplete: bool = _option(
-        False, "Let there be older blocks that no head sees with mask s2; otherwise that is refused."
+    mask: MaskName = field(default="causal", metadata={"help": "Who attends to whom inside a document."})
+    window: int | None = field(
+        default=None, metadata={"help": "Tokens that a query sees with mask window, itself included."}
+    )
+    chunk: int | None = field(
+        default=None, metadata={"help": "Tokens of a chunk with mask chunked, which is causal inside chunks."}
+    )
+    s2_block: int = field(default=64, metadata={"help": "Tokens of a block with mask s2, a power of two."})
+    s2_local: int = field(
+        default=16, metadata={"help": "Blocks that every head sees up to the query's own, with mask s2."}
+    )
+    s2_stride: int | None = field(
+        default=None,
+        metadata={"help": "With mask s2, a KV head sees one in so many older blocks; by default the sparse KV heads."},
+    )
+    s2_dense_heads: int = field(
+        default=0, metadata={"help": "KV heads, the last ones, that see everything with mask s2."}
+    )
+    s2_dense_layers: tuple[int, ...] = field(
+        default=(), metadata={"help": "Layers, counted from 0, that see everything with mask s2."}
+    )
+    s2_allow_incomplete: bool = field(
+        default=False, metadata={"help": "Let there be older blocks that no head sees with mask s2."}
     )
 
     def __post_init__(self) -> None:
@@ -75,8 +88,8 @@ class AttentionOptions:
             of, values = _BELONGS.get(option.name, ("", ()))
             if values and getattr(self, option.name) != option.default and getattr(self, of) not in values:
                 raise ValueError(
-                    f"{option.name}: got {getattr(self, option.name)!r} with {of} {getattr(self, of)!r}, which has none; "
-                    f"expected {of} {' or '.join(filter(None, values))}: set it, or drop {option.name}"
+                    f"{option.name}: got {getattr(self, option.name)!r} with {of} {getattr(self, of)!r}, "
+                    f"expected {of} {' or '.join(filter(None, values))}, which alone has it: set that, or drop {option.name}"
                 )
         for name, needs in (("window", "window"), ("chunk", "chunked")):
             value = getattr(self, name)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import seqpar
 from seqpar.kernels import KERNEL_NAMES
 
 ScheduleName = Literal["auto", "ring", "double_ring", "allgather", "ulysses", "hybrid"]
 MaskName = Literal["causal", "full", "window", "chunked", "s2"]
+Exchange = Literal["auto", "forward", "direct"]
 
 _BY_DEGREE = {"double_ring": seqpar.DoubleRing, "hybrid": seqpar.Ulysses}
 # Options of one mask or schedule only, and of which.
@@ -34,62 +35,44 @@ _BELONGS = {
 class AttentionOptions:
     """How a model's attention is computed, in plain values. Raises ValueError for what doesn't fit together."""
 
-    schedule: ScheduleName | None = field(
-        default=None,
-        metadata={
-            "help": "How keys and queries of different ranks meet; by default a ring, or what the framework is told."
-        },
-    )
-    degree: int | None = field(
-        default=None,
-        metadata={
-            "help": "Consecutive ranks inside a node, for double_ring and hybrid; by default what the group says."
-        },
-    )
-    exchange: Literal["auto", "forward", "direct"] = field(
-        default="auto", metadata={"help": "The ring's exchange: whole shards, or only the rows that some query needs."}
-    )
-    kernel: str = field(
-        default="auto", metadata={"help": "What computes the local blocks: auto, triton, cpu, reference, ..."}
-    )
-    mask: MaskName = field(default="causal", metadata={"help": "Who attends to whom inside a document."})
-    window: int | None = field(
-        default=None, metadata={"help": "Tokens that a query sees with mask window, itself included."}
-    )
-    chunk: int | None = field(
-        default=None, metadata={"help": "Tokens of a chunk with mask chunked, which is causal inside chunks."}
-    )
-    s2_block: int = field(default=64, metadata={"help": "Tokens of a block with mask s2, a power of two."})
-    s2_local: int = field(
-        default=16, metadata={"help": "Blocks that every head sees up to the query's own, with mask s2."}
-    )
-    s2_stride: int | None = field(
-        default=None,
-        metadata={"help": "With mask s2, a KV head sees one in so many older blocks; by default the sparse KV heads."},
-    )
-    s2_dense_heads: int = field(
-        default=0, metadata={"help": "KV heads, the last ones, that see everything with mask s2."}
-    )
-    s2_dense_layers: tuple[int, ...] = field(
-        default=(), metadata={"help": "Layers, counted from 0, that see everything with mask s2."}
-    )
-    s2_allow_incomplete: bool = field(
-        default=False, metadata={"help": "Let there be older blocks that no head sees with mask s2."}
-    )
+    schedule: Annotated[
+        ScheduleName | None,
+        "How keys and queries of different ranks meet; by default a ring, or what the framework is told otherwise.",
+    ] = None
+    degree: Annotated[int | None, "Consecutive ranks inside a node, for double_ring and hybrid."] = None
+    exchange: Annotated[Exchange, "The ring's exchange: whole shards, or only the rows that some query needs."] = "auto"
+    kernel: Annotated[str, "What computes the local blocks: auto, triton, cpu, reference, ..."] = "auto"
+    mask: Annotated[MaskName, "Who attends to whom inside a document."] = "causal"
+    window: Annotated[int | None, "Tokens that a query sees with mask window, itself included."] = None
+    chunk: Annotated[int | None, "Tokens of a chunk with mask chunked, which is causal inside chunks."] = None
+    s2_block: Annotated[int, "Tokens of a block with mask s2, a power of two."] = 64
+    s2_local: Annotated[int, "Blocks that every head sees up to the query's own, with mask s2."] = 16
+    s2_stride: Annotated[
+        int | None,
+        "With mask s2, a KV head sees one in so many older blocks; by default as many as there are sparse heads.",
+    ] = None
+    s2_dense_heads: Annotated[int, "KV heads, the last ones, that see everything with mask s2."] = 0
+    s2_dense_layers: Annotated[tuple[int, ...], "Layers, counted from 0, that see everything with mask s2."] = ()
+    s2_allow_incomplete: Annotated[bool, "Let there be older blocks that no head sees with mask s2."] = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("schedule", (None, *get_args(ScheduleName))), ("mask", get_args(MaskName))):
+        for name, allowed in (
+            ("schedule", (None, *get_args(ScheduleName))),
+            ("exchange", get_args(Exchange)),
+            ("mask", get_args(MaskName)),
+            ("kernel", KERNEL_NAMES),
+        ):
             self._one_of(name, allowed)
-        self._one_of("kernel", KERNEL_NAMES)
         if not isinstance(self.s2_dense_layers, (tuple, list)):
             raise ValueError(f"s2_dense_layers: got {self.s2_dense_layers!r}, expected a list of layers")
         object.__setattr__(self, "s2_dense_layers", tuple(self.s2_dense_layers))
         for option in fields(self):
             of, values = _BELONGS.get(option.name, ("", ()))
             if values and getattr(self, option.name) != option.default and getattr(self, of) not in values:
+                alone = f"{of} {' or '.join(filter(None, values))}"
                 raise ValueError(
-                    f"{option.name}: got {getattr(self, option.name)!r} with {of} {getattr(self, of)!r}, "
-                    f"expected {of} {' or '.join(filter(None, values))}, which alone has it: set that, or drop {option.name}"
+                    f"{option.name}: got {getattr(self, option.name)!r} with {of} {getattr(self, of)!r}, expected "
+                    f"{alone}, which alone has it: set that, or drop {option.name}"
                 )
         for name, needs in (("window", "window"), ("chunk", "chunked")):
             value = getattr(self, name)

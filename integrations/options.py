@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import seqpar
 from seqpar.kernels import KERNEL_NAMES
@@ -131,3 +132,42 @@ class AttentionOptions:
     def _one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(filter(None, allowed))}")
+
+
+def share_of_heads(mask: seqpar.Mask, kv_heads: int, rank: int, ranks: int, length: int) -> seqpar.Mask:
+    """The mask of the KV heads that one of `ranks` tensor-parallel ranks has, of `kv_heads` dealt in order."""
+    if not isinstance(mask, seqpar.SparselySharded):
+        return mask
+    mask.check(length, length, kv_heads)  # together they see everything
+    share = kv_heads // ranks
+    offsets = mask.residues(kv_heads)[rank * share : (rank + 1) * share]
+    return replace(mask, offsets=offsets, dense_heads=share - len(offsets), allow_incomplete=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--seqpar-schedule`, `--seqpar-mask` and so on to a parser: an `extra_args_provider` for Megatron-LM."""
+    group = parser.add_argument_group("seqpar", "attention over sequences that are split over ranks")
+    for name, annotated in get_type_hints(AttentionOptions, include_extras=True).items():
+        hint, explanation = get_args(annotated)
+        kinds = [hint] if get_origin(hint) is Literal else [k for k in get_args(hint) or (hint,) if k is not type(None)]
+        how: dict[str, Any] = {"type": kinds[0]}
+        if kinds[0] is bool:
+            how = {"action": "store_const", "const": True}
+        elif get_origin(hint) is tuple:
+            how["nargs"] = "*"
+        elif get_origin(kinds[0]) is Literal:
+            how = {"choices": get_args(kinds[0])}
+        group.add_argument(f"--seqpar-{name.replace('_', '-')}", default=None, help=explanation, **how)
+    return parser
+
+
+def options_of(args: Any) -> AttentionOptions:
+    """What parsed arguments, or an object with attributes such as `seqpar_mask`, say; those that are None say nothing.
+
+    Raises ValueError for other attributes that begin so.
+    """
+    prefix = "seqpar_"
+    given = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
+    return AttentionOptions.of(
+        {name: value for name, value in given.items() if value is not None}, "--seqpar- arguments"
+    )

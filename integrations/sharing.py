@@ -46,7 +46,7 @@ class SharedPlans:
         caller: the layer, the same object batch after batch. team: equal for layers whose masks differ by batch alone.
         """
         key = (mask, *sorted(arguments.items()))
-        if self._leads(caller, team) or key not in self._plans:
+        if self.leads(caller, team) or key not in self._plans:
             plan = seqpar.plan(mask, group=self.world, **arguments)
             self._plans.setdefault(key, plan)  # an earlier one knows what its calls agreed on
         self._plans.move_to_end(key)
@@ -56,11 +56,12 @@ class SharedPlans:
 
     def refuse(self, caller: object, team: Hashable, refusal: ValueError) -> NoReturn:
         """Raise it on every rank, where this rank found out before it could ask for a plan."""
-        if self._leads(caller, team):
+        if self.leads(caller, team):
             agree(self.world, "seqpar.plan", {}, refusal)
         raise refusal
 
-    def _leads(self, caller: object, team: Hashable) -> bool:
+    def leads(self, caller: object, team: Hashable) -> bool:
+        """Whether it is this caller that agrees with the other ranks, for its team."""
         return self._leaders.setdefault(team, caller) is caller
 
 

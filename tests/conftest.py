@@ -26,8 +26,9 @@ settings.load_profile("seqpar")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--full-grid``, which takes some minutes more."""
+    """``--full-grid``, which takes some minutes more; and a Megatron-LM to test its scripts."""
     parser.addoption("--full-grid", action="store_true", help="every mask x layout x schedule x ranks x head count")
+    parser.addoption("--megatron-lm", metavar="FOLDER", help="a checkout of Megatron-LM whose pretrain_gpt.py is run")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

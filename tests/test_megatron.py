@@ -1,5 +1,6 @@
 """Megatron-Core's own GPTModel, trained with our attention on several ranks and with its own on one."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -122,6 +123,9 @@ ARGUMENTS = """
 """
 
 
+ONES = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE")
+
+
 def _losses(folder: str, ranks: int, arguments: list[str]) -> list[float]:
     """Of each step of pretrain_gpt.py, on so many context-parallel ranks."""
     driver = Path(__file__).parent / "support" / "megatron_lm.py"
@@ -130,11 +134,7 @@ def _losses(folder: str, ranks: int, arguments: list[str]) -> list[float]:
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *launch, str(driver), *script],
         cwd=folder,
-        env={
-            "PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin",
-            "TORCHDYNAMO_DISABLE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
+        env={**os.environ, **dict.fromkeys(ONES, "1")},
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import megatron.core
@@ -30,11 +29,10 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor
 
 import seqpar
-from seqpar.comm import World
 
 from .options import AttentionOptions, add_arguments, options_of, share_of_heads
-from .packing import padded_documents, zigzag_by_document
-from .sharing import SharedPlans, bounds_of
+from .packing import check_causal, packed_documents, refusal
+from .sharing import SharedPlans
 from .supported import require
 
 __all__ = ["CoreAttention", "Layer", "add_arguments", "layer", "layer_spec", "options_of"]
@@ -42,13 +40,7 @@ __all__ = ["CoreAttention", "Layer", "add_arguments", "layer", "layer_spec", "op
 TESTED = "0.16", "0.20"
 """Megatron-Core versions, from the first on and below the second."""
 
-_SCHEDULE_OF = {
-    "p2p": "ring",
-    "allgather": "allgather",
-    "all_gather": "allgather",
-    "a2a": "ulysses",
-    "a2a+p2p": "hybrid",
-}
+_SCHEDULE_OF = {"p2p": "ring", "allgather": "allgather", "a2a": "ulysses", "a2a+p2p": "hybrid"}
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _FULL = (AttnMaskType.no_mask, AttnMaskType.padding)
 # What a configuration may ask of attention and we don't compute: each with the value that asks for nothing.
@@ -80,35 +72,27 @@ class Layer(TransformerLayer):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: None = None,
         layer_number: int = 1,
-        hidden_dropout: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        vp_stage: int | None = None,
         *,
         options: AttentionOptions | None = None,
+        **others: Any,
     ) -> None:
         check_version()
         options = _told() if options is None else options
-        stage = parallel_state.get_pipeline_model_parallel_rank() if pg_collection is None else pg_collection.pp.rank()
-        number = layer_number - 1 + get_transformer_layer_offset(config, vp_stage, stage)
-        specs = gpt_layer_specs.get_gpt_decoder_layer_specs(
-            config,
-            gpt_layer_specs.HAVE_TE and config.transformer_impl == "transformer_engine",
-            config.normalization,
-            config.qk_l2_norm,
-        )
-        layer = specs[number].submodules
-        attention = layer.self_attention
+        groups = others.get("pg_collection")
+        stage = groups.pp.rank() if groups else parallel_state.get_pipeline_model_parallel_rank()
+        number = layer_number - 1 + get_transformer_layer_offset(config, others.get("vp_stage"), stage)
+        te = gpt_layer_specs.HAVE_TE and config.transformer_impl == "transformer_engine"
+        theirs = gpt_layer_specs.get_gpt_decoder_layer_specs(config, te, config.normalization, config.qk_l2_norm)
+        layer = theirs[number].submodules
         core = ModuleSpec(module=CoreAttention, params={"options": options})
-        ours = dataclasses.replace(attention.submodules, core_attention=core)
-        layer = dataclasses.replace(layer, self_attention=dataclasses.replace(attention, submodules=ours))
-        options.layer_masks(config.num_layers, config.num_query_groups)
+        ours = dataclasses.replace(layer.self_attention.submodules, core_attention=core)
+        attention = dataclasses.replace(layer.self_attention, submodules=ours)
+        options.layer_masks(config.num_layers, config.num_query_groups)  # whether they fit the model
         if options.mask == "s2" and config.num_query_groups < config.tensor_model_parallel_size:
-            raise _refusal(
-                f"mask s2 and {config.num_query_groups} query groups", "one or more for each tensor-parallel rank"
-            )
-        super().__init__(config, layer, layer_number, hidden_dropout, pg_collection, vp_stage)
+            raise refusal(f"mask s2 and {config.num_query_groups} query groups", "one or more for each of TP's ranks")
+        layer = dataclasses.replace(layer, self_attention=attention)
+        super().__init__(config, layer, layer_number, **others)
 
 
 layer = layer_spec()
@@ -123,20 +107,11 @@ class CoreAttention(MegatronModule):
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        *,
-        options: AttentionOptions | None = None,
-    ) -> None:
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+        attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None, *, options: AttentionOptions | None = None,
+        **_: Any,  # latent attention says its head dimensions, and so do its tensors
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
         options = _told() if options is None else options
         self.layer, self.attn_mask_type, self.softmax_scale = max(1, layer_number) - 1, attn_mask_type, softmax_scale
@@ -145,42 +120,36 @@ class CoreAttention(MegatronModule):
         asked |= {name: (getattr(config, name, nothing), nothing) for name, nothing in _NOT_COMPUTED.items()}
         for name, (got, computed) in asked.items():
             if got != computed:
-                raise _refusal(f"{name}={got!r}", f"{computed!r}; it computes no other")
+                raise refusal(f"{name}={got!r}", f"{computed!r}; it computes no other")
         self.options = dataclasses.replace(options, **_schedule(options, cp_comm_type, config))
         self.window = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = config.window_size
             if options.mask != "causal":
-                raise _refusal(f"window_size={config.window_size} and mask {options.mask}", "one of them")
+                raise refusal(f"window_size={config.window_size} and mask {options.mask}", "one of them")
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group = groups.tp
-        self.plans = SharedPlans.of(groups.cp if config.context_parallel_size > 1 else None)
+        self.group = groups.cp if config.context_parallel_size > 1 else None
+        self.plans = SharedPlans.of(self.group)
         self.team = id(config), self.options, self.window, self.layer in options.s2_dense_layers
         self._make_offsets(config)
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """query [S/CP, B, H, D], key [S/CP, B, Hkv, D], value [S/CP, B, Hkv, Dv] -> [S/CP, B, H * Dv].
 
         Packed (THD): [T/CP, H, D] and so on -> [T/CP, H * Dv]; padding at documents' ends is kept apart from them.
         """
-        if packed_seq_params is not None:  # a batch may bring a group of its own
-            if packed_seq_params.cp_group is not None:
-                self.plans = SharedPlans.of(packed_seq_params.cp_group)
-            elif packed_seq_params.local_cp_size == 1:
-                self.plans = SharedPlans.of(None)
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        self.plans = SharedPlans.of(self.group)
+        if packed_seq_params is not None and (packed_seq_params.cp_group or packed_seq_params.local_cp_size):
+            self.plans = SharedPlans.of(packed_seq_params.cp_group)  # a batch may bring a group of its own, or none
         q, k, v = (x.unsqueeze(0) if packed else x.transpose(0, 1) for x in (query, key, value))
         if attention_bias is not None:
-            raise _refusal("an attention_bias", "none")
+            raise refusal("an attention_bias", "none")
         kind = attn_mask_type or self.attn_mask_type
         plan = self._plan(q, k, v, attention_mask, kind, packed_seq_params if packed else None)
         out = seqpar.attention(
@@ -199,44 +168,36 @@ class CoreAttention(MegatronModule):
         )  # fmt: skip
 
     def _plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention_mask: Tensor | None,
-        kind: AttnMaskType,
-        packed: PackedSeqParams | None,
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, kind: AttnMaskType, packed: PackedSeqParams | None
     ) -> seqpar.Plan:
         ranks, heads = self.plans.world.size, (q.shape[2], k.shape[2])
         length, layout = q.shape[1] * ranks, "zigzag"
         try:
             mask = self._mask(kind, length, heads[1])
             if k.shape[1] != q.shape[1]:
-                raise _refusal(f"{q.shape[1]} queries and {k.shape[1]} keys", "as many: it trains, and caches nothing")
+                raise refusal(f"{q.shape[1]} queries and {k.shape[1]} keys", "as many: it trains, and caches nothing")
             if packed is not None:
-                documents, layout = _documents(packed, length, ranks)
+                documents, layout = packed_documents(packed, length, ranks)
                 mask = mask & documents
             elif ranks > 1 and q.shape[1] % 2:
-                raise _refusal(
-                    f"{q.shape[1]} tokens on each of {ranks} ranks", "an even number, a chunk from either end"
-                )
-            if attention_mask is not None and self.plans.leads(self, self.team):
-                _check_causal(attention_mask, kind, length, self.plans.world)
+                raise refusal(f"{q.shape[1]} tokens on each of {ranks} ranks", "as many from either end of all")
+            if hidden is not None and kind not in _CAUSAL:
+                raise refusal(f"an attention_mask and attn_mask_type {kind.name}", "no mask: pack documents (THD)")
+            if hidden is not None and self.plans.leads(self, self.team):
+                check_causal(hidden, length, self.plans.world)
         except ValueError as error:
             self.plans.refuse(self, self.team, error)
-        dims, schedule = (q.shape[3], v.shape[3]), self.options.schedule_object
-        return self.plans.plan(
-            self, self.team, mask,
-            length=length, layout=layout, schedule=schedule, heads=heads, head_dim=dims, dtype=q.dtype,
-        )  # fmt: skip
+        tensors = {"heads": heads, "head_dim": (q.shape[3], v.shape[3]), "dtype": q.dtype}
+        schedule = self.options.schedule_object
+        return self.plans.plan(self, self.team, mask, length=length, layout=layout, schedule=schedule, **tensors)
 
     def _mask(self, kind: AttnMaskType, length: int, kv_heads: int) -> seqpar.Mask:
         """Inside a document, by the type that Megatron names and the options."""
         causal, chosen = kind in _CAUSAL, self.options.mask
         if not causal and kind not in _FULL:
-            raise _refusal(f"attn_mask_type {kind.name}", ", ".join(known.name for known in (*_CAUSAL, *_FULL)))
+            raise refusal(f"attn_mask_type {kind.name}", ", ".join(known.name for known in (*_CAUSAL, *_FULL)))
         if (chosen == "full") if causal else (chosen not in ("causal", "full")):
-            raise _refusal(f"attn_mask_type {kind.name} and mask {chosen}", "one that is as causal; drop --seqpar-mask")
+            raise refusal(f"attn_mask_type {kind.name} and mask {chosen}", "one that is as causal; drop --seqpar-mask")
         if self.window is not None:
             left, right = (length if side < 0 else side for side in self.window)
             return seqpar.SlidingWindow(left, 0 if causal else right)
@@ -252,9 +213,8 @@ class CoreAttention(MegatronModule):
         if config.softmax_type == "vanilla":
             return
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-        offsets = torch.zeros(
-            config.num_attention_heads // self.tp_group.size(), dtype=config.params_dtype, device=device
-        )
+        heads = config.num_attention_heads // self.tp_group.size()
+        offsets = torch.zeros(heads, dtype=config.params_dtype, device=device)
         if config.softmax_type == "learnable":
             offsets = torch.nn.Parameter(offsets)
             if config.perform_initialization:
@@ -271,51 +231,15 @@ def _told() -> AttentionOptions:
 
 def _schedule(options: AttentionOptions, told: str | None, config: TransformerConfig) -> dict[str, Any]:
     """The schedule and its degree, where Megatron's `--cp-comm-type` and hierarchical sizes say them."""
-    if told not in (None, *_SCHEDULE_OF):
-        raise _refusal(f"cp_comm_type {told!r}", f"one of {', '.join(_SCHEDULE_OF)}")
-    theirs = _SCHEDULE_OF[told or "p2p"]
+    theirs = _SCHEDULE_OF.get((told or "p2p").replace("_", ""))
+    if theirs is None:
+        raise refusal(f"cp_comm_type {told!r}", f"one of {', '.join(_SCHEDULE_OF)}")
     if options.schedule not in (None, theirs) and theirs != "ring":  # which is what Megatron says if it is not asked
-        raise _refusal(
-            f"--seqpar-schedule {options.schedule} and --cp-comm-type {told}", "one of them, or the same in both"
-        )
+        raise refusal(f"--seqpar-schedule {options.schedule} and --cp-comm-type {told}", "one of them, or the same")
     schedule, degree = options.schedule or theirs, options.degree
     if schedule in ("double_ring", "hybrid") and degree is None:
         sizes = config.hierarchical_context_parallel_sizes
         if not sizes or len(sizes) != 2:
-            raise _refusal(
-                f"schedule {schedule} and sizes {sizes}", "--hierarchical-context-parallel-sizes INSIDE NODES"
-            )
+            raise refusal(f"schedule {schedule}, sizes {sizes}", "--hierarchical-context-parallel-sizes INSIDE NODES")
         degree = sizes[0]
     return {"schedule": schedule, "degree": degree}
-
-
-def _documents(packed: PackedSeqParams, length: int, ranks: int) -> tuple[seqpar.Documents, seqpar.Layout]:
-    """The documents of a packed batch, and who holds their tokens."""
-    lengths = bounds_of(packed.cu_seqlens_q)
-    begins = lengths if packed.cu_seqlens_q_padded is None else bounds_of(packed.cu_seqlens_q_padded)
-    for keys, own in ((packed.cu_seqlens_kv, lengths), (packed.cu_seqlens_kv_padded, begins)):
-        if keys is not None and bounds_of(keys) != own:
-            raise _refusal("other cu_seqlens of keys than of queries", "the same")
-    if begins[-1] != length:
-        raise _refusal(f"cu_seqlens up to {begins[-1]} for {length} tokens on {ranks} ranks", "documents of them all")
-    uneven = [end - begin for begin, end in pairwise(begins) if ranks > 1 and (end - begin) % (2 * ranks)]
-    if uneven:
-        raise _refusal(
-            f"a document of {uneven[0]} tokens", f"a multiple of {2 * ranks}, a chunk from either end; pad it"
-        )
-    return padded_documents(lengths, begins), zigzag_by_document(tuple(begins), ranks)
-
-
-def _check_causal(attention_mask: Tensor, kind: AttnMaskType, length: int, world: World) -> None:
-    """Refuse a mask (True: not seen) of [B, 1, S/CP, S] that hides anything else than later tokens."""
-    zigzag = zigzag_by_document((0, length), world.size).queries[world.rank].tensor.to(attention_mask.device)
-    hidden = torch.arange(length, device=attention_mask.device) > zigzag[:, None]
-    if kind not in _CAUSAL or attention_mask.shape[-2:] != hidden.shape or bool((attention_mask != hidden).any()):
-        raise _refusal(
-            f"an attention_mask of {tuple(attention_mask.shape)} that is not {length} tokens' causal one",
-            "none: pack documents (THD) instead, and drop --reset-attention-mask",
-        )
-
-
-def _refusal(got: str, expected: str) -> ValueError:
-    return ValueError(f"seqpar attention got {got}, expected {expected}")

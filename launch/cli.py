@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from . import megatron
+from .check_config import CheckConfig
 from .config import TrainConfig
 from .data import find_documents
 from .errors import FAILED, RunError, describe
 from .generate_config import GenerateConfig
 from .manifest import last_whole, step_of
-from .options import OptionError
+from .options import OptionError, option
 from .outputs import CHECKPOINTS, default_out, newest_checkpoint, prepare
 from .prompts import read_prompts
 from .spawn import Place, alone, child_place, run_ranks, torchrun_place
@@ -27,7 +29,7 @@ from .spawn import Place, alone, child_place, run_ranks, torchrun_place
 if TYPE_CHECKING:
     from .picture import PictureConfig
 
-_Config = TypeVar("_Config", TrainConfig, GenerateConfig, "PictureConfig")
+_Config = TypeVar("_Config", TrainConfig, GenerateConfig, CheckConfig, "PictureConfig")
 
 USAGE = """usage: seqpar COMMAND [OPTIONS]
 
@@ -36,6 +38,8 @@ Attention over sequences that are split over ranks.
 commands:
   train     train a language model on real text, with every sequence split over ranks
   generate  continue text with a language model, its key-value cache split over ranks
+  check     run a model sharded and unsharded, and say whether they agree, layer by layer
+  megatron  run a script of Megatron-LM as it is, with seqpar's attention and flags
   picture   draw a sparsely-sharded mask, and what each rank sends to whom under it
 
 `seqpar COMMAND --help` lists a command's options; `seqpar --version` prints the version."""
@@ -61,12 +65,12 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"seqpar {version('seqpar')}")
         return 0
-    commands = {"train": _train, "generate": _generate, "picture": _picture}
+    commands = {"train": _train, "generate": _generate, "check": _check, "megatron": _megatron, "picture": _picture}
     if command not in commands:
         *names, last = commands
         expected = f"{', '.join(names)} or {last}"
         return _report(None, ValueError(f"unknown command {command!r}; expected {expected}: see seqpar --help"))
-    debug = "--debug" in rest
+    debug = "--debug" in rest or command == "megatron"  # whose script brings errors of its own
     try:
         return commands[command](rest)
     except KeyboardInterrupt:
@@ -80,7 +84,12 @@ def _main(argv: Sequence[str]) -> int:
 def child() -> int:
     """A rank that the launcher started: of the command that comes first, with its options."""
     place, (command, *argv) = child_place(sys.argv[1:])
-    return run_rank(parse_generate(argv) if command == "generate" else parse_train(argv), place)
+    config: TrainConfig | GenerateConfig | CheckConfig
+    if command == "generate":
+        config = parse_generate(argv)
+    else:
+        config = parse_check(argv) if command == "check" else parse_train(argv)
+    return run_rank(config, place)
 
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
@@ -91,6 +100,26 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 def parse_generate(argv: Sequence[str]) -> GenerateConfig:
     """The configuration that these options of `seqpar generate` make. Raises ValueError in one line for wrong ones."""
     return _parse(GenerateConfig, "seqpar generate", _one_each(argv, ("--prompt", "--prompt-file")), append=True)
+
+
+def parse_check(argv: Sequence[str]) -> CheckConfig:
+    """The configuration that these options of `seqpar check` make. Raises ValueError in one line for wrong ones."""
+    return _parse(CheckConfig, "seqpar check", _named(argv, CheckConfig, "--model"))
+
+
+def _named(argv: Sequence[str], kind: type[CheckConfig], name: str) -> list[str]:
+    """Put the option's name before the first argument that belongs to none: `MODEL` as `--model=MODEL`."""
+    spread, wanted, is_value = list[str](), not any(x.split("=")[0] == name for x in argv), False
+    flags = [option(field.name) for field in dataclasses.fields(kind) if field.type == "bool"]
+    for argument in argv:
+        is_option = argument.startswith("--")
+        if wanted and not is_option and not is_value and argument != "-h":
+            spread.append(f"{name}={argument}")
+            wanted = False
+        else:
+            spread.append(argument)
+        is_value = is_option and "=" not in argument and argument.replace("_", "-") not in flags
+    return spread
 
 
 def _one_each(argv: Sequence[str], options: Sequence[str]) -> list[str]:
@@ -189,6 +218,29 @@ def _generate(argv: Sequence[str]) -> int:
     return run_ranks(config.nproc, ["generate", *argv], lambda: "mend its cause and run the command again")
 
 
+def _check(argv: Sequence[str]) -> int:
+    config = parse_check(argv)
+    place = _by_torchrun(config.nproc)
+    if place is not None:
+        return run_rank(config, place)
+    if config.nproc == 1:
+        with alone() as only:
+            return run_rank(config, only)
+    return run_ranks(config.nproc, ["check", *argv], lambda: "the lines above say why")
+
+
+def _megatron(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(megatron.USAGE)
+        return 0
+    try:
+        script = megatron.prepare(argv)
+    except ValueError as error:
+        return _report("megatron", error)
+    megatron.run(script)
+    return 0
+
+
 def _by_torchrun(nproc: int) -> Place | None:
     """This rank's place where torchrun started it. Raises ValueError where --nproc asks for ranks besides."""
     place = torchrun_place()
@@ -208,19 +260,23 @@ def _advice(out: Path, argv: Sequence[str]) -> str:
     return f"last whole checkpoint: {checkpoint} (step {step_of(checkpoint)}); resume with: {command}"
 
 
-def run_rank(config: TrainConfig | GenerateConfig, place: Place) -> int:
+def run_rank(config: TrainConfig | GenerateConfig | CheckConfig, place: Place) -> int:
     """Run one rank and return its exit code. One of several that fails ends its process here."""
-    command = "train" if isinstance(config, TrainConfig) else "generate"
+    command = {TrainConfig: "train", GenerateConfig: "generate", CheckConfig: "check"}[type(config)]
     rank = place.rank if place.size > 1 else None
     try:
         if isinstance(config, TrainConfig):
             from .train import run as train
 
             train(config, place)
-        else:
+        elif isinstance(config, GenerateConfig):
             from .generate import run as generate
 
             generate(config, place)
+        else:
+            from .check import run as check
+
+            return 0 if check(config, place) else FAILED  # and rank 0 has said why
         return 0
     except KeyboardInterrupt:
         code = _report(command, RunError("interrupted"))

@@ -14,6 +14,7 @@ _OF_MEMORY = ("out of memory", "can't allocate memory")
 # What to do about files that can't be read or written, and about too little memory, by command.
 _REMEDIES = {
     "train": ("free space or mend the folder, then --resume", "use more ranks, or --checkpoint-activations full"),
+    "check": ("mend the file or folder", "use a smaller --seq-len, or --batch-size 1"),
     "generate": ("mend the file or folder", "use more ranks, a smaller --chunk, or --dtype bf16"),
 }
 _REMEDY = ("mend the file or folder", "free some")

@@ -87,7 +87,7 @@ def reference_step(model: PreTrainedModel, batch: Batch, config: TrainConfig) ->
     total = 0.0
     for document in batch.documents():
         if document.shape[1] > 1:
-            with _masked_layers(model, seen_pairs(config, model.config, document.shape[1])):
+            with masked_layers(model, seen_pairs(config, model.config, document.shape[1])):
                 logits = model(input_ids=document, use_cache=False).logits
             loss = F.cross_entropy(logits[0, :-1].float(), document[0, 1:], reduction="sum") / count
             loss.backward()
@@ -96,7 +96,7 @@ def reference_step(model: PreTrainedModel, batch: Batch, config: TrainConfig) ->
 
 
 @contextmanager
-def _masked_layers(model: PreTrainedModel, masks: Sequence[Tensor | None]) -> Iterator[None]:
+def masked_layers(model: PreTrainedModel, masks: Sequence[Tensor | None]) -> Iterator[None]:
     """Give each layer's attention its own mask, bool [1, H|1, L, L]; the model's own, causal one where None."""
     layers = [layer for _, layer in decoder_layers(model)]
     hooks = [

@@ -111,7 +111,7 @@ def test_an_unknown_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert (
         capfd.readouterr().err
-        == "seqpar: error: unknown command 'trian'; expected train, generate or picture: see seqpar --help\n"
+        == "seqpar: error: unknown command 'trian'; expected train, generate, check, megatron or picture: see seqpar --help\n"
     )
 
 

@@ -36,6 +36,10 @@ def test_one_layer_agrees_for_all_and_on_every_batch() -> None:
     assert run_gloo(2, jobs.agreements) == [[2, 1, 2]] * 2
 
 
+def test_a_batch_may_bring_its_own_group_or_a_causal_mask() -> None:
+    assert max(run_gloo(2, jobs.groups_of_batches)) <= 1e-5
+
+
 def test_every_rank_hears_what_is_wrong_on_one() -> None:
     first, second = run_gloo(2, jobs.refusals)
     expected = [

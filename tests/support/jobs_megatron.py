@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from seqpar.comm import World
 
-from .oracle import error
+from .oracle import dense_attention, error
 
 VOCABULARY, HIDDEN = 64, 48
 
@@ -112,7 +112,7 @@ CASES = {
     for case in (
         Case("causal", steps=10),
         Case("packed", lengths=DOCUMENTS, steps=10),
-        Case("window and sinks", config={**_WINDOW, "softmax_type": "learnable"}, steps=2),
+        Case("window and sinks", config={**_WINDOW, "softmax_type": "learnable", "softmax_scale": 0.4}, steps=2),
         Case("off by one", config={"softmax_type": "off-by-one"}),
         Case("chunked", options={"mask": "chunked", "chunk": 10}, mask=chunks),
         Case("s2", options=_S2, mask=sparse),
@@ -387,6 +387,27 @@ def agreements(world: World) -> list[int]:
             _packed(model, lengths, parallel_state.get_context_parallel_group())
             counts.append(shared.world.meter.by_kind["agree"].calls)
     return counts
+
+
+def groups_of_batches(world: World) -> float:
+    """The largest error of batches that bring a group, or go without one, or a causal mask that says nothing new."""
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    with on_cpu():
+        core = _small(world).decoder.layers[0].self_attention.core_attention
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(LENGTH, 2, heads, 12, generator=generator) for heads in (4, 2, 2))
+        hidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
+        expected, _ = dense_attention(*(x.transpose(0, 1) for x in (q, k, v)), ~hidden[None, None])
+        expected = expected.transpose(0, 1).flatten(2)
+        alone = core(q, k, v, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=1))
+        here = torch.arange(LENGTH).view(2 * world.size, -1)[[world.rank, 2 * world.size - 1 - world.rank]].flatten()
+        shard = [x[here] for x in (q, k, v)]
+        group = parallel_state.get_context_parallel_group()
+        grouped = core(*shard, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=2, cp_group=group))
+        masked = core(*shard, hidden[here][None, None])
+    return max(error(alone, expected), error(grouped, expected[here]), error(masked, expected[here]))
 
 
 def refusals(world: World) -> list[str]:

@@ -28,6 +28,8 @@ from seqpar.validation import ATTENTION, agree_once
 
 if TYPE_CHECKING:
     from .generation import ShardedCache
+    from .options import AttentionOptions
+    from .sharded_calls import ShardedCalls
 
 NAME = "seqpar"
 """What `attn_implementation` is called after `register()`."""
@@ -57,6 +59,39 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, no_mask)
+
+
+def parallelize(
+    model: Any,
+    group: Group,
+    options: AttentionOptions | None = None,
+    *,
+    layout: str = "zigzag",
+    loss_group: Group = None,
+) -> ShardedCalls:
+    """Make a model's calls with whole rows compute this rank's tokens of them; the loop around it stays as it is.
+
+        calls = parallelize(model, group)
+        loss = model(input_ids=tokens, labels=tokens).loss  # the same rows on every rank of group
+        loss.backward()  # then average gradients over loss_group, as DDP and FSDP do
+
+    model: loaded with attn_implementation="seqpar", or a wrapper of one; call this before DDP or FSDP wrap it. options:
+    the mask, schedule and so on, by default a causal ring; layers with a sliding window keep it. layout: see
+    `seqpar.plan`. loss_group: all ranks over which gradients are averaged, data parallel x sequence; default: group.
+
+    A call takes input_ids [B, S] or inputs_embeds [B, S, E], and labels, or already shifted shift_labels besides them,
+    [B, S]. Documents begin where position_ids [1|B, S] are 0, or at cu_seq_lens_q; what attention_mask [B, S] calls
+    padding is documents of its own. `out.loss` is the mean over all tokens of all ranks of loss_group; or, given
+    num_items_in_batch, what the call would return on one rank. Its gradient, averaged over loss_group, is exact.
+    `out.logits` and hidden states are this rank's: the returned handle's `plan.unshard(out.logits)` gathers them.
+
+    Raises ValueError, on every rank of group, for rows that differ between them, and for what would be dropped: other
+    masks, caches, attention weights, attention dropout, unknown tensors of S tokens.
+    """
+    from .options import AttentionOptions
+    from .sharded_calls import ShardedCalls
+
+    return ShardedCalls(model, group, options or AttentionOptions(), layout=layout, loss_group=loss_group)
 
 
 def sharded_cache(

@@ -171,7 +171,8 @@ class CoreAttention(MegatronModule):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, kind: AttnMaskType, packed: PackedSeqParams | None
     ) -> seqpar.Plan:
         ranks, heads = self.plans.world.size, (q.shape[2], k.shape[2])
-        length, layout = q.shape[1] * ranks, "zigzag"
+        length = q.shape[1] * ranks
+        layout: str | seqpar.Layout = "zigzag"
         try:
             mask = self._mask(kind, length, heads[1])
             if k.shape[1] != q.shape[1]:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import seqpar
 from seqpar.kernels import KERNEL_NAMES
@@ -30,6 +30,9 @@ _BELONGS = {
     "degree": ("schedule", tuple(_BY_DEGREE)),
     "exchange": ("schedule", ("ring", None)),
 }
+
+
+_Options = TypeVar("_Options", bound="AttentionOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class AttentionOptions:
         _ = self.schedule_object, self._sparse(1 + self.s2_dense_heads)
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], where: str) -> AttentionOptions:
+    def of(cls: type[_Options], given: Mapping[str, Any], where: str) -> _Options:
         """From a configuration's section. Raises ValueError, naming `where`, for keys that there are not."""
         known = [option.name for option in fields(cls)]
         for name in given:
@@ -98,9 +101,9 @@ class AttentionOptions:
     @cached_property
     def schedule_object(self) -> str | seqpar.Ring | seqpar.DoubleRing | seqpar.Ulysses:
         """What `seqpar.plan` takes as its schedule."""
-        if self.degree is not None:
-            return _BY_DEGREE[self.schedule](degree=self.degree)
-        return seqpar.Ring(exchange=self.exchange) if self.schedule in (None, "ring") else self.schedule
+        if self.schedule is None or self.schedule == "ring":
+            return seqpar.Ring(exchange=self.exchange)
+        return self.schedule if self.degree is None else _BY_DEGREE[self.schedule](degree=self.degree)
 
     def layer_mask(self, layer: int, kv_heads: int) -> seqpar.Mask:
         """The mask of a layer, counted from 0, inside a document; `kv_heads` are the whole model's."""

@@ -9,17 +9,12 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.optim import Optimizer
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from .distributed import Ranks
+from .engines import Engine
 from .errors import RunError
-from .manifest import checkpoints, last_whole, name_of, read_manifest, step_of, whole_checkpoints, write_manifest
+from .manifest import checkpoints, last_whole, name_of, read_manifest, whole_checkpoints, write_manifest
 from .outputs import CHECKPOINTS
 
 
@@ -35,14 +30,15 @@ class Checkpoints:
     ) -> None:
         self.directory, self.identity, self.options, self.keep, self.ranks = directory, identity, options, keep, ranks
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(self, step: int, engine: Engine) -> None:
         """Save the state after `step` steps; raises RunError where it can't be written, and keeps the earlier ones."""
         final, partial = self.directory / name_of(step), self.directory / f".{name_of(step)}"
-        parameters, moments = get_state_dict(model, optimizer)
         try:
-            dcp.save({"model": parameters, "optimizer": moments}, checkpoint_id=partial)
+            engine.save(partial)
         except dcp.api.CheckpointException as error:
             raise RunError(self._failed(final, cause(error))) from error
+        except OSError as error:
+            raise RunError(self._failed(final, str(error))) from error
 
         def finish() -> str:
             try:
@@ -67,22 +63,15 @@ class Checkpoints:
         kept = f"the last whole one is {last}" if last else "there is no whole one"
         return f"checkpoint {path} can't be written: {reason}; {kept}: free space or mend the folder, then --resume"
 
-    def load(self, model: nn.Module, optimizer: Optimizer) -> int:
-        """Load the newest whole checkpoint into model and optimizer, and return the steps it has behind it.
+    def to_continue(self) -> Path:
+        """The newest whole checkpoint, the same on every rank, for an engine to load.
 
         Raises ValueError where there is none, or where it belongs to a different run, naming the field.
         """
-        path = Path(self.ranks.on_rank0(self._choose))
-        mine = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        parameters, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": parameters, "optimizer": moments}, checkpoint_id=path)
-        set_state_dict(model, optimizer, model_state_dict=parameters, optim_state_dict=moments)
-        for group, settings in zip(optimizer.param_groups, mine, strict=True):
-            group.update(settings)  # this run's, not the checkpoint's
-        return step_of(path)
+        return Path(self.ranks.on_rank0(self._choose))
 
     def load_weights(self, run: Path, model: nn.Module) -> None:
-        """Load only the model's weights, from the newest whole checkpoint of another run's folder.
+        """Load only the weights, from the newest whole checkpoint of another run's folder, into a whole model.
 
         Raises ValueError where there is none, or where it is of a model of another shape, naming the field.
         """

@@ -63,6 +63,10 @@ class TrainConfig:
     preset: Literal["tiny", "small", "base", "large"] | None = None
     """Shape of the model where --model is not given. Default: small."""
 
+    engine: Literal["torch", "deepspeed", "megatron"] = "torch"
+    """What trains the model: PyTorch's FSDP2, DeepSpeed's ZeRO, or Megatron-Core's GPTModel with DDP."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """What --engine deepspeed shards: the optimizer (1), gradients too (2), parameters too (3). Default: 2."""
     init: Path | None = None
     """Start from the weights of another run, its --out folder: to continue a dense model with s2, say."""
 
@@ -128,7 +132,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints to keep."""
     resume: bool = False
-    """Continue exactly from the last whole checkpoint under --out; the number of ranks may differ."""
+    """Continue exactly from the last whole checkpoint under --out; the number of ranks may differ, but for ZeRO."""
 
     nproc: int = 1
     """Ranks to start on this machine. Leave it out under torchrun, which starts them itself."""
@@ -170,6 +174,20 @@ class TrainConfig:
             raise OptionError(
                 f"--init {self.init} got {wrong}; expected the --out folder of another run, to begin a new one"
             )
+        if self.zero_stage is not None and self.engine != "deepspeed":
+            raise OptionError(
+                f"--zero-stage {self.zero_stage} got --engine {self.engine}; only --engine deepspeed has one: add it"
+            )
+        if self.zero_stage == 3 and self.checkpoint_activations == "selective":
+            raise OptionError(
+                "--checkpoint-activations selective got --zero-stage 3, which gathers other parameters when a layer is "
+                "recomputed; expected none or full: change one of them"
+            )
+        if self.engine == "megatron" and self.layout != "zigzag":
+            raise OptionError(
+                f"--layout {self.layout} got --engine megatron; expected zigzag, as Megatron deals each document's "
+                "tokens: drop --layout"
+            )
         if self.preset is not None and self.model is not None:
             raise OptionError(f"--preset {self.preset} got --model too; the model has its shape: drop one of them")
         if self.resume and self.out is None:
@@ -183,6 +201,11 @@ class TrainConfig:
             raise OptionError(
                 f"--exchange {self.exchange} got --schedule {self.schedule}; only the ring has them: drop --exchange"
             )
+
+    @property
+    def zero(self) -> int:
+        """The stage of --engine deepspeed."""
+        return self.zero_stage or 2
 
     @property
     def window_tokens(self) -> int:

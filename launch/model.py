@@ -71,10 +71,8 @@ def shard(model: PreTrainedModel, config: TrainConfig, ranks: Ranks, dtype: torc
     answered by a reduce-scatter that averages gradients. Computes in `dtype`, reduces and keeps parameters in fp32.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for name, layer in decoder_layers(model):
-        if config.checkpoint_activations != "none":
-            layer = checkpointed(layer, selective=config.checkpoint_activations == "selective")
-            model.set_submodule(name, layer)
+    for name, _ in decoder_layers(model):
+        layer = checkpointed(model, name, config.checkpoint_activations)
         fully_shard(layer, mesh=ranks.world, mp_policy=policy)
     fully_shard(model, mesh=ranks.world, mp_policy=policy)
     nn.Module.to(model, ranks.device)
@@ -87,7 +85,14 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
-def checkpointed(layer: nn.Module, *, selective: bool) -> nn.Module:
-    """The layer, recomputed in the backward; selective keeps its attention's results, so that nothing is sent twice."""
-    options = {"context_fn": seqpar.checkpoint_context} if selective else {}
-    return checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **options)
+def checkpointed(model: nn.Module, name: str, how: str) -> nn.Module:
+    """The layer of that name, made to be recomputed in the backward as --checkpoint-activations says.
+
+    selective keeps its attention's results, so that nothing is sent twice.
+    """
+    layer = model.get_submodule(name)
+    if how != "none":
+        options = {"context_fn": seqpar.checkpoint_context} if how == "selective" else {}
+        layer = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **options)
+        model.set_submodule(name, layer)
+    return layer

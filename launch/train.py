@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 import seqpar
 from seqpar.comm import KINDS
@@ -19,21 +15,23 @@ from seqpar.integrations import huggingface
 
 from .checkpoint import Checkpoints
 from .config import TrainConfig
-from .data import Batch, Corpus, find_documents, load_corpus
+from .data import Corpus, find_documents, load_corpus
 from .distributed import Ranks, connected
+from .engines import Engine, Setup, engine_class
 from .errors import RunError
-from .masks import describe, distinct, layer_masks
-from .model import build, load_text, model_config, model_fields, shard
+from .manifest import step_of
+from .masks import describe, layer_masks
+from .model import build, load_text, model_config, model_fields
 from .outputs import CHECKPOINTS, prepare, remove_partial
 from .report import Report, Step, peak_memory
 from .runs import write_model
 from .sample import generate
 from .spawn import Place
 from .text import Text
-from .verify import Comparison, compare, reference_step, whole_gradients
+from .verify import Comparison, compare, reference_step
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 PROMPT_TOKENS = 64
 """Tokens of held-out text that the sample continues."""
@@ -54,9 +52,11 @@ def run(config: TrainConfig, place: Place) -> None:
         options["init"] = "given" if config.init else "not given"  # ranks load together
         with ranks.together():
             text, corpus, shape = _read(config)
-        identity = _identity(config, corpus, shape)
+            engine = engine_class(config.engine)
+            engine.check(config, shape, ranks.device)
+        identity = {**engine.identity(config, ranks), **_identity(config, corpus, shape)}
         ranks.agree({**options, **identity})
-        this = _Run(config, ranks, out, text, corpus, shape, identity)
+        this = _Run(config, ranks, out, text, corpus, shape, engine, identity)
         # Not sooner: only now a run that is resumed is known to be of this model.
         ranks.on_rank0(lambda: write_model(out, config, shape, text))
         this.train()
@@ -82,7 +82,7 @@ def _read(config: TrainConfig) -> tuple[Text, Corpus, PretrainedConfig]:
 
 
 class _Run:
-    """A rank's model, optimizer and data, and the steps taken with them."""
+    """A rank's engine and data, and the steps taken with them."""
 
     def __init__(
         self,
@@ -92,23 +92,26 @@ class _Run:
         text: Text,
         corpus: Corpus,
         shape: PretrainedConfig,
+        engine: type[Engine],
         identity: dict[str, Any],
     ) -> None:
         self.config, self.ranks, self.text, self.corpus = config, ranks, text, corpus
         name = config.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-        self.model: PreTrainedModel = build(config, shape, huggingface.NAME)
-        self.num_parameters = self.model.num_parameters()
-        shard(self.model, config, ranks, self.dtype)
-        self.optimizer = _optimizer(self.model, config)
+        self.masks = layer_masks(config, shape)
         if ranks.rank == 0:
             remove_partial(out / CHECKPOINTS)
         changeable = {name: value for name, value in config.as_dict().items() if name in _MAY_CHANGE}
         self.checkpoints = Checkpoints(out / CHECKPOINTS, identity, changeable, config.keep, ranks)
-        self.done = self.checkpoints.load(self.model, self.optimizer) if config.resume else 0
+        begun = self.checkpoints.to_continue() if config.resume else None
+        self.done = step_of(begun) if begun else 0
+        model = build(config, shape, huggingface.NAME)
+        self.num_parameters = model.num_parameters()
         if config.init is not None:
-            self.checkpoints.load_weights(config.init, self.model)
-        self.masks = layer_masks(config, shape)
+            self.checkpoints.load_weights(config.init, model)
+        self.engine = engine(Setup(config, ranks, self.masks, self.dtype), model)
+        if begun:
+            self.engine.load(begun)
         self.report = Report(out, config.steps, self.done, is_rank0=ranks.rank == 0)
 
     def train(self) -> None:
@@ -123,7 +126,7 @@ class _Run:
                     step.eval_loss = self._evaluate()
                 self.report.step(step)
                 if config.save_every and (due or (index + 1) % config.save_every == 0):
-                    self.checkpoints.save(index + 1, self.model, self.optimizer)
+                    self.checkpoints.save(index + 1, self.engine)
         finally:
             self.report.close()
         plot = self.report.plot()
@@ -141,70 +144,30 @@ class _Run:
         if self.config.eval_every and not len(corpus.held_out):
             line("data: too little is held out for a row of --seq-len; the held-out text is not evaluated")
         line(
-            f"model: {self.num_parameters:,} parameters sharded over {ranks.size} ranks of {ranks.device.type}, "
-            f"{ranks.sequence.size} to a sequence, {str(self.dtype).removeprefix('torch.')}"
+            f"model: {self.num_parameters:,} parameters {self.engine.placement} over {ranks.size} ranks of "
+            f"{ranks.device.type}, {ranks.sequence.size} to a sequence, {str(self.dtype).removeprefix('torch.')}"
         )
         if self.done:
             line(f"resumed after step {self.done}")
 
-    def _plans(self, batch: Batch) -> list[seqpar.Plan]:
-        """One for each layer; layers with the same mask share it, and all share the layout of their tokens."""
-        config, model = self.config, self.model.config
-        head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        layout: str | seqpar.Layout = config.layout
-        plans = {}
-        for mask in distinct(self.masks):
-            plans[mask] = seqpar.plan(
-                mask & seqpar.Documents(batch.cu_seqlens),
-                length=config.seq_len,
-                group=self.ranks.sequence,
-                layout=layout,
-                schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
-                heads=(model.num_attention_heads, model.num_key_value_heads),
-                head_dim=head_dim,
-                dtype=self.dtype,
-            )
-            layout = plans[mask].layout
-        return [plans[mask] for mask in self.masks]
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of this rank's tokens of a batch, and their number."""
-        plans = self._plans(batch)
-        plan = plans[0]
-        tokens = batch.tokens.to(self.ranks.device)
-        logits = self.model(
-            input_ids=plan.shard(tokens),
-            position_ids=plan.position_ids.to(self.ranks.device),
-            use_cache=False,
-            seqpar_plan=plans,
-        ).logits
-        labels = plan.shift_labels(tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-        return loss, (labels != -100).sum()
-
     def _step(self, index: int) -> Step:
         """Forward, backward and update on one batch; its figures."""
         config, began = self.config, time.perf_counter()
-        self.ranks.sequence.meter.reset()
-        self.ranks.everyone.meter.reset()
-        loss_sum, count = self._loss(self.corpus.train.batch(self.ranks.rows(self.corpus.indices(index))))
+        for world in self.engine.worlds:
+            world.meter.reset()
+        loss_sum, count = self.engine.loss(self.corpus.train.batch(self.ranks.rows(self.corpus.indices(index))))
         loss = seqpar.token_mean(loss_sum, count, self.ranks.everyone)
-        loss.backward()
+        self.engine.backward(loss)
         paused = time.perf_counter()
         verified = self._verify(index, loss.item()) if config.verify and index == self.done else None
         paused = time.perf_counter() - paused
-        total_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        norm = float(total_norm.full_tensor() if isinstance(total_norm, DTensor) else total_norm)
-        if not math.isfinite(loss.item() + norm):
+        rate = learning_rate(config, index)
+        norm = self.engine.update(rate) if math.isfinite(loss.item()) else math.nan
+        if not math.isfinite(norm):
             raise RunError(
                 f"step {index + 1} has loss {loss.item()} and gradient norm {norm}, expected finite numbers; "
                 "its update was not made: lower --lr or raise --warmup, and --resume"
             )
-        rate = learning_rate(config, index)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         tokens, memory, traffic = self._figures(int(count))
         seconds = time.perf_counter() - began - paused
         return Step(
@@ -223,7 +186,7 @@ class _Run:
 
     def _figures(self, count: int) -> tuple[int, int, dict[str, int]]:
         """Over all ranks: the sum of their tokens, the largest peak of memory, and the sum of their bytes by kind."""
-        meters = (self.ranks.sequence.meter.by_kind, self.ranks.everyone.meter.by_kind)
+        meters = [world.meter.by_kind for world in self.engine.worlds]
         sent = [sum(meter[kind].bytes for meter in meters if kind in meter) for kind in KINDS]
         figures = self.ranks.gather([count, peak_memory(self.ranks.device), *sent])
         totals = figures.sum(0).tolist()
@@ -233,21 +196,19 @@ class _Run:
     @torch.no_grad()
     def _evaluate(self) -> float:
         """Mean loss on held-out rows."""
-        self.model.eval()
+        self.engine.model.eval()
         losses, counts = [], []
         for number in range(self.config.eval_batches):
             rows = self.ranks.rows(self.corpus.held_out_indices(number))
-            loss, count = self._loss(self.corpus.held_out.batch(rows))
+            loss, count = self.engine.loss(self.corpus.held_out.batch(rows))
             losses.append(loss)
             counts.append(count)
-        self.model.train()
+        self.engine.model.train()
         return seqpar.token_mean(torch.stack(losses).sum(), torch.stack(counts).sum(), self.ranks.everyone).item()
 
     def _verify(self, index: int, loss: float) -> dict[str, float]:
         """Compare a step's loss and gradients with an unsharded computation; raises RunError where they differ."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=whole)
-        gradients = whole_gradients(self.model)
+        weights, gradients = self.engine.weights(), self.engine.gradients()
         comparison: Comparison | None = None
 
         def check() -> str:
@@ -276,7 +237,7 @@ class _Run:
         rows = self.corpus.held_out if len(self.corpus.held_out) else self.corpus.train
         prompt = rows.tokens[: min(PROMPT_TOKENS, self.config.seq_len)].tolist()
         chosen = generate(
-            self.model,
+            self.engine.writer(),
             prompt,
             self.config.sample_tokens,
             masks=self.masks,
@@ -294,15 +255,6 @@ def learning_rate(config: TrainConfig, index: int) -> float:
         return config.lr * (index + 1) / config.warmup
     progress = (index - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
 
 
 def _identity(config: TrainConfig, corpus: Corpus, shape: PretrainedConfig) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_shares_of_heads_see_what_the_heads_saw(ranks: int) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_refused(given_options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match="^here: ") as caught:
+    with pytest.raises(ValueError, match=r"^here: ") as caught:
         AttentionOptions.of(given_options, "here")
     assert message in str(caught.value)
 

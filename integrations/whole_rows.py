@@ -94,16 +94,17 @@ def documents_of(given: dict[str, Any], batch: int, length: int) -> seqpar.Docum
         labels = given.get("labels")
         if labels is not None and bool((labels.detach().cpu().masked_select(~real) != IGNORED_LABEL).any()):
             raise ValueError(f"labels: got some at padding, expected {IGNORED_LABEL} wherever attention_mask is 0")
-    other = given.get("cu_seq_lens_k")
+    keys = given.get("cu_seq_lens_k")
     if bounds is not None:
-        bounds, other = list(map(int, bounds)), None if other is None else list(map(int, other))
-        if batch != 1 or (other is not None and other != bounds) or bounds[:1] != [0] or bounds[-1] != length:
+        bounds = [int(x) for x in bounds]
+        differ = keys is not None and [int(x) for x in keys] != bounds
+        if batch != 1 or differ or bounds[:1] != [0] or bounds[-1] != length:
             raise ValueError(
                 f"cu_seq_lens_q: got {bounds[:3]} ... {bounds[-1:]} for {batch} rows of {length} tokens, expected one "
                 f"row and [0, ..., {length}], and cu_seq_lens_k equal to it; flatten the batch"
             )
         starts[0, bounds[:-1]] = True
-    elif other is not None:
+    elif keys is not None:
         raise ValueError("cu_seq_lens_k: got it alone, expected cu_seq_lens_q with it")
     elif positions is not None:
         starts |= (positions == 0) & real

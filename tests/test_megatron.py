@@ -31,26 +31,19 @@ def test_losses_and_gradients_are_those_of_megatrons_own_attention(ranks: int, n
         assert tuple(errors) == names
 
 
-def test_one_layer_agrees_for_all_and_on_every_batch() -> None:
-    # A plan each time, and once for the first attention with each of two plans.
-    assert run_gloo(2, jobs.agreements) == [[2, 1, 2]] * 2
-
-
-def test_a_batch_may_bring_its_own_group_or_a_causal_mask() -> None:
-    assert max(run_gloo(2, jobs.groups_of_batches)) <= 1e-5
-
-
-def test_every_rank_hears_what_is_wrong_on_one() -> None:
-    first, second = run_gloo(2, jobs.refusals)
-    expected = [
-        "rank 1: seqpar attention got a document of 17 tokens, expected a multiple of 4",
-        "seqpar attention got cu_seqlens up to 40 for 48 tokens",
-        "rank 1: seqpar attention got an attention_mask of (1, 1, 24, 48) that is not the causal one of 48 tokens",
-        "rank 1: seqpar attention got 23 tokens on each of 2 ranks",
-        "seqpar attention got 24 queries and 12 keys",
-        "seqpar attention got attn_mask_type arbitrary, expected causal, padding_causal, no_mask, padding",
-    ]
-    for heard in (first, second):
+def test_one_layer_agrees_batches_bring_groups_and_every_rank_hears_what_is_wrong_on_one() -> None:
+    for agreements, worst, heard in run_gloo(2, jobs.small):
+        # A plan each time, and once for the first attention with each of two plans.
+        assert agreements == [2, 1, 2]
+        assert worst <= 1e-5
+        expected = [
+            "rank 1: seqpar attention got a document of 17 tokens, expected a multiple of 4",
+            "seqpar attention got cu_seqlens up to 40 for 48 tokens",
+            "rank 1: seqpar attention got an attention_mask of (1, 1, 24, 48) that is not the causal one of 48 tokens",
+            "rank 1: seqpar attention got 23 tokens on each of 2 ranks",
+            "seqpar attention got 24 queries and 12 keys",
+            "seqpar attention got attn_mask_type arbitrary, expected causal, padding_causal, no_mask, padding",
+        ]
         assert [h[: len(e)] for h, e in zip(heard, expected, strict=True)] == expected
 
 

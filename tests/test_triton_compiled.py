@@ -27,11 +27,13 @@ def compiler() -> Iterator[Executor]:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("architecture", dict.fromkeys(ARCHITECTURES.values()))
-def test_every_shipped_configuration_compiles(architecture: str, kernel: str, compiler: Executor) -> None:
-    """Too much shared memory would raise, as it would on the GPU."""
+def test_every_shipped_configuration_compiles(
+    architecture: str, kernel: str, compiler: Executor, pytestconfig: pytest.Config
+) -> None:
+    """Too much shared memory would raise, as it would on the GPU. In fp32, which takes longest, on sm_90 alone."""
     rows = [row for row in table() if (row.architecture, row.kernel) == (architecture, kernel)]
     assert {row.bits for row in rows} == {16, 32}
-    if architecture == "sm_86":  # fp32 takes longest, and differs from sm_80's in little; compiled.py compiles all
+    if architecture != "sm_90" and not pytestconfig.getoption("--full-grid"):
         rows = [row for row in rows if row.bits == 16]
     for row, result in zip(rows, compiler.map(compiled, rows), strict=True):
         assert result.serialised == (), row

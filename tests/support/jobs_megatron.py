@@ -373,6 +373,11 @@ def _per_document(length: int, group: dist.ProcessGroup) -> Tensor:
     return chunks[:, [rank, 2 * ranks - 1 - rank]].flatten()
 
 
+def small(world: World) -> tuple[list[int], float, list[str]]:
+    """What a small model shows besides losses and gradients."""
+    return agreements(world), groups_of_batches(world), refusals(world)
+
+
 def agreements(world: World) -> list[int]:
     """How often ranks agreed in each of three passes over the same batch, one of which changes its documents."""
     from megatron.core import parallel_state

@@ -19,7 +19,10 @@ import torch.distributed as dist
 from seqpar.comm import StrictWorld, connect
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch._dynamo", "torch.distributed", "seqpar"])
+# What many jobs import, once instead of on every rank.
+_processes.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed", "seqpar", "transformers.models.llama.modeling_llama"]
+)
 
 
 def run_gloo(size: int, function: Callable, *args: Any, strict: bool = False, timeout: float = 120.0) -> list[Any]:

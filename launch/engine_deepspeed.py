@@ -39,8 +39,6 @@ class DeepSpeedEngine(TransformersEngine):
     on as many ranks and in the same stage.
     """
 
-    placement = "in ZeRO"
-
     def __init__(self, setup: Setup, model: PreTrainedModel) -> None:
         import deepspeed
         from deepspeed.utils import logger
@@ -49,6 +47,7 @@ class DeepSpeedEngine(TransformersEngine):
 
         super().__init__(setup, model)
         config, ranks = setup.config, setup.ranks
+        self.placement = f"in ZeRO {config.zero}"
         logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # called by it
         parameters = model.num_parameters()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Engine(ABC):
     ranks whose meters count what attention sends. placement: how the parameters lie on ranks, in words.
     """
 
-    placement: ClassVar[str]
+    placement: str
     model: nn.Module
     optimizer: Optimizer
 

@@ -182,10 +182,10 @@ def test_a_checkpoint_of_other_making_is_refused(
     torch.set_num_threads(before)
 
 
-def test_deepspeed_makes_no_update_by_a_gradient_that_is_not_finite(
+def test_deepspeed_makes_no_update_by_a_gradient_that_is_not_finite_and_goes_on(
     folder: Path, runs: dict[str, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third step's gradient is spoiled, not its loss."""
+    """The third step's gradient is spoiled, not its loss. Continued, the run has what its options say by then."""
     kind: Any = engine_class("deepspeed")
     backward, losses_seen = kind.backward, []
 
@@ -194,14 +194,19 @@ def test_deepspeed_makes_no_update_by_a_gradient_that_is_not_finite(
         nothing = 0 * next(self.model.parameters()).sum()
         backward(self, loss + nothing.sqrt() if len(losses_seen) == 3 else loss)
 
-    monkeypatch.setattr(kind, "backward", spoiled)
-    options = _options(folder, str(tmp_path / "out"), "--steps", 5, "--engine", "deepspeed", "--save-every", 1)
+    options = _options(folder, str(tmp_path / "out"), "--steps", 4, "--engine", "deepspeed", "--save-every", 1)
     complaint = r"step 3 has loss [\d.]+ and gradient norm inf, expected finite"
     before = torch.get_num_threads()
-    with alone() as place, pytest.raises(RunError, match=complaint):
+    with monkeypatch.context() as patch, alone() as place, pytest.raises(RunError, match=complaint):
+        patch.setattr(kind, "backward", spoiled)
         train.run(parse_train([str(x) for x in options]), place)
-    torch.set_num_threads(before)
     assert whole_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000002"
+    with alone() as place:
+        train.run(parse_train([str(x) for x in [*options, "--resume", "--weight-decay", 20]]), place)
+    torch.set_num_threads(before)
+    *same, changed = zip(losses(tmp_path / "out"), losses(folder / "torch")[:4], strict=True)
+    assert [ours for ours, _ in same] == pytest.approx([plain for _, plain in same], rel=1e-4)
+    assert changed[0] != pytest.approx(changed[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

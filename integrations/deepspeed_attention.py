@@ -71,6 +71,7 @@ class DistributedAttention(nn.Module):
         With batch_dim_idx 1 all of them are [T, B, ...]. Raises ValueError for anything else that DeepSpeed would hand
         on to the local attention.
         """
+        leads = self._shared.leads(self, self._team)
         try:
             given = {"rotary_pos_emb": rotary_pos_emb, "further arguments": args or None, **kwargs}
             for name, got in given.items():
@@ -89,11 +90,11 @@ class DistributedAttention(nn.Module):
                     f"num_kv_heads: got {self._kv_heads} and keys of {key.shape[2]} heads, expected as many"
                 )
         except ValueError as error:
-            self._shared.refuse(self, self._team, error)
+            self._shared.refuse(leads, error)
         q, k, v = (x.transpose(0, batch_dim_idx) for x in (query, key, value))
         heads, ranks = (q.shape[2], k.shape[2]), self._shared.world.size
         plan = self._shared.plan(
-            self, self._team, self._options.layer_mask(0, heads[1]) if self._mask is None else self._mask,
+            leads, self._options.layer_mask(0, heads[1]) if self._mask is None else self._mask,
             length=ranks * q.shape[1], kv_length=ranks * k.shape[1], layout="contiguous",
             schedule=self._options.schedule_object, heads=heads, head_dim=(q.shape[3], v.shape[3]), dtype=_dtype(q),
         )  # fmt: skip

@@ -82,7 +82,8 @@ def parallelize(
     A call takes input_ids [B, S] or inputs_embeds [B, S, E], and labels, or already shifted shift_labels besides them,
     [B, S]. Documents begin where position_ids [1|B, S] are 0, or at cu_seq_lens_q; what attention_mask [B, S] calls
     padding is documents of its own. `out.loss` is the mean over all tokens of all ranks of loss_group; or, given
-    num_items_in_batch, what the call would return on one rank. Its gradient, averaged over loss_group, is exact.
+    num_items_in_batch, their sum over that, as on one rank. A document's first token is no label (count it as little
+    as `DataCollatorWithFlattening` does, which makes it -100). Its gradient, averaged over loss_group, is exact.
     `out.logits` and hidden states are this rank's: the returned handle's `plan.unshard(out.logits)` gathers them.
 
     Raises ValueError, on every rank of group, for rows that differ between them, and for what would be dropped: other

@@ -6,11 +6,12 @@ another. So the mode is entered by the forward of every module, and is there aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableSet
 from dataclasses import dataclass
 from threading import get_ident
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch._dynamo.decorators import skip, skip_code
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import seqpar
 
@@ -71,6 +73,7 @@ class Calls:
         self.plan: seqpar.Plan | None = None
         self._under_way: dict[int, Call] = {}
         self._plans: dict[StorageWeakRef, seqpar.Plan | None] = {}
+        self._needed: MutableSet[seqpar.Plan] = WeakSet()
 
     @property
     def current(self) -> Call | None:
@@ -107,6 +110,15 @@ class Calls:
         self._plans[StorageWeakRef(plan.position_ids.untyped_storage())] = None
         self.plan = plan
 
+    @torch.compiler.disable
+    def keep(self, plan: seqpar.Plan, result: Any) -> None:
+        """Keep the plan of a forward for as long as its result can be differentiated."""
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                metadata: Any = x.grad_fn.metadata
+                metadata["seqpar_plan"] = plan
+                self._needed.add(plan)
+
     def _remember(self, tensors: list[Tensor], plan: seqpar.Plan) -> None:
         """That these are a module's inputs under this plan: what recomputes it is given the same memory."""
         for tensor in tensors:
@@ -115,9 +127,11 @@ class Calls:
                 self._plans[storage] = None  # a buffer of the model, say, in which every batch sees the same
 
     def _recall(self, tensors: list[Tensor]) -> seqpar.Plan:
+        found: set[seqpar.Plan | None]
         found = {self._plans.get(StorageWeakRef(tensor.untyped_storage())) for tensor in tensors} - {None}
         if not found:  # inputs that were copied since, by a cast or from another device
-            found = {plan for storage, plan in self._plans.items() if plan and not storage.expired()} or {self.plan}
+            found = {plan for storage, plan in self._plans.items() if plan and not storage.expired()} | {*self._needed}
+            found = found or {self.plan}
         plan = found.pop()
         if found or plan is None:
             raise ValueError(
@@ -146,6 +160,8 @@ def wrap(module: nn.Module, calls: Calls, mode: Interception, finish: Callable[[
                 return own(*args, **kwargs)
             with mode:
                 result = own(*args, **kwargs)
+            if not call.recomputes and call.plan is not None:
+                calls.keep(call.plan, result)
         finally:
             calls.leave(call, outside)
         if finish is not None and not call.recomputes:

@@ -148,14 +148,15 @@ def plan_slices(
 
 
 def slice_documents(
-    cu_seqlens: Tensor, causal: bool, rank: int, world_size: int
+    cu_seqlens: Bounds, causal: bool, rank: int, world_size: int
 ) -> tuple[Tensor, Tensor, int, int, slice]:
     """`(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, local_k_slice)` of a rank, from the whole bounds.
 
     The slice is of keys that the rank's queries may see, and cu_seqlens_k are documents' bounds in it. Raises
     ValueError where ranks don't get equally many tokens.
     """
-    bounds = sorted(set(bounds_of(cu_seqlens)))
+    given = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens, dtype=torch.int32)
+    bounds = sorted(set(bounds_of(given)))
     tokens, rest = divmod(bounds[-1], world_size)
     if rest or tokens == 0:
         raise ValueError(f"cu_seqlens: got {bounds[-1]} tokens, expected a multiple of {world_size} ranks; pad them")
@@ -165,7 +166,7 @@ def slice_documents(
     right = end if causal else min(bound for bound in bounds if bound >= end)
     seen_q = [0, *(bound - begin for bound in inner), tokens]
     seen_k = [0, *(bound - left for bound in inner), right - left]
-    tensors = [cu_seqlens.new_tensor(seen) for seen in (seen_q, seen_k)]
+    tensors = [given.new_tensor(seen) for seen in (seen_q, seen_k)]
     longest = [max(b - a for a, b in pairwise(seen)) for seen in (seen_q, seen_k)]
     return tensors[0], tensors[1], longest[0], longest[1], slice(left, right)
 

@@ -50,6 +50,8 @@ _NOT_COMPUTED = {
     "fp8_dot_product_attention": False,
     "fp8_multi_head_attention": False,
     "experimental_attention_variant": None,
+    "heterogeneous_block_specs": False,
+    "mtp_num_layers": None,
 }
 
 
@@ -171,7 +173,7 @@ class CoreAttention(MegatronModule):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, kind: AttnMaskType, packed: PackedSeqParams | None
     ) -> seqpar.Plan:
         ranks, heads = self.plans.world.size, (q.shape[2], k.shape[2])
-        length = q.shape[1] * ranks
+        length, leads = q.shape[1] * ranks, self.plans.leads(self, self.team)
         layout: str | seqpar.Layout = "zigzag"
         try:
             mask = self._mask(kind, length, heads[1])
@@ -184,13 +186,13 @@ class CoreAttention(MegatronModule):
                 raise refusal(f"{q.shape[1]} tokens on each of {ranks} ranks", "as many from either end of all")
             if hidden is not None and kind not in _CAUSAL:
                 raise refusal(f"an attention_mask and attn_mask_type {kind.name}", "no mask: pack documents (THD)")
-            if hidden is not None and self.plans.leads(self, self.team):
+            if hidden is not None and leads:
                 check_causal(hidden, length, self.plans.world)
         except ValueError as error:
-            self.plans.refuse(self, self.team, error)
+            self.plans.refuse(leads, error)
         tensors = {"heads": heads, "head_dim": (q.shape[3], v.shape[3]), "dtype": q.dtype}
         schedule = self.options.schedule_object
-        return self.plans.plan(self, self.team, mask, length=length, layout=layout, schedule=schedule, **tensors)
+        return self.plans.plan(leads, mask, length=length, layout=layout, schedule=schedule, **tensors)
 
     def _mask(self, kind: AttnMaskType, length: int, kv_heads: int) -> seqpar.Mask:
         """Inside a document, by the type that Megatron names and the options."""

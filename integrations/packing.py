@@ -34,7 +34,11 @@ def packed_documents(packed: PackedSeqParams, length: int, ranks: int) -> tuple[
         raise refusal(
             f"a document of {uneven[0]} tokens", f"a multiple of {2 * ranks}, a chunk from either end; pad it"
         )
-    return padded_documents(lengths, begins), zigzag_by_document(tuple(begins), ranks)
+    own, places = ([end - begin for begin, end in pairwise(bounds)] for bounds in (lengths, begins))
+    if len(own) != len(places) or any(not 0 <= n <= place for n, place in zip(own, places, strict=False)):
+        got = f"documents of {own[:4]} tokens in places of {places[:4]}"
+        raise refusal(got, "one document in each place of cu_seqlens_q_padded, no longer than it")
+    return padded_documents(lengths, begins), zigzag_by_document(tuple(dict.fromkeys(begins)), ranks)
 
 
 def padded_documents(lengths: Sequence[int], begins: Sequence[int]) -> seqpar.Documents:
@@ -42,7 +46,7 @@ def padded_documents(lengths: Sequence[int], begins: Sequence[int]) -> seqpar.Do
 
     lengths: cumulative lengths of the documents, [0, ...]. begins: where their places begin, and where the last ends.
     """
-    ends = [begin + last - first for begin, (first, last) in zip(begins, pairwise(lengths), strict=False)]
+    ends = [begin + last - first for begin, (first, last) in zip(begins[:-1], pairwise(lengths), strict=True)]
     return seqpar.Documents(sorted({*begins, *ends}))
 
 

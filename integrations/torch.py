@@ -25,6 +25,7 @@ from seqpar.validation import ATTENTION, agree_once
 
 from .interception import Call, Calls, Interception, surroundings, wrap
 from .options import AttentionOptions
+from .whole_rows import digest
 
 DEFAULTS = AttentionOptions()
 """Causal attention in a ring."""
@@ -139,7 +140,7 @@ class Parallelized:
                 if not isinstance(x, Tensor) or x.dim() != 2 or x.is_floating_point() or x.shape != tokens.shape:
                     got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                     raise ValueError(f"{name}: got {got}, expected whole rows of token ids [B, S]")
-                fields[name] = _fingerprint(x)
+                fields[name] = digest(x)
             mask = self.options.layer_mask(0, self._kv_heads)
             if cu_seqlens is not None:
                 documents = seqpar.Documents(cu_seqlens)
@@ -244,9 +245,3 @@ def _finish(call: Call) -> None:
 
 def _refused(name: str, got: object, expected: str) -> str:
     return f"scaled_dot_product_attention: got {name} {got}, expected {expected}"
-
-
-def _fingerprint(tokens: Tensor) -> int:
-    """Equal for equal tokens: in int64, which wraps around."""
-    weights = torch.arange(1, tokens.numel() + 1, device=tokens.device) * 6_364_136_223_846_793_005
-    return int((tokens.flatten().to(torch.int64) * weights).sum())

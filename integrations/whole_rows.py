@@ -17,6 +17,7 @@ CONSUMED = frozenset({*_PACKING, *_SHARDED, "num_items_in_batch", "use_cache"})
 """Keywords of a call that are understood here, and given to the model otherwise or not at all."""
 
 _REFUSED = {
+    "use_cache": "a cache would be of one rank's tokens; leave it out",
     "past_key_values": "generate without the handle: call its remove() first",
     "output_attentions": "the weights are never held as a whole",
     "logits_to_keep": "take them from handle.plan.unshard(out.logits)",
@@ -51,6 +52,14 @@ def check_call(given: dict[str, Any], whole: Tensor, config: Any, *, training: b
     if shared and given.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise ValueError("output_router_logits: got True, expected False; its loss would be of one rank's tokens")
     batch, length = whole.shape[:2]
+    mask = given.get("attention_mask")
+    from_the_left = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
+    restarts = from_the_left or given.get("cu_seq_lens_q") is not None
+    if restarts and given.get("position_ids") is None and not getattr(config, "rope_parameters", None):
+        raise ValueError(
+            "position_ids: got none for documents or padding on the left and a model without RoPE, whose positions "
+            "count from 0 in every document here; expected them: give position_ids that do"
+        )
     for name, value in given.items():
         if name in _SHARDED[2:] and value is not None:
             rows = (1, batch) if name == "position_ids" else (batch,)
@@ -91,17 +100,19 @@ def documents_of(given: dict[str, Any], batch: int, length: int) -> seqpar.Docum
                 "attention_mask: got padding between tokens of a row, expected it on the left or right; say where "
                 "documents begin by position_ids that restart at 0"
             )
-        labels = given.get("labels")
+        name = "labels" if given.get("shift_labels") is None else "shift_labels"
+        labels = given.get(name)
         if labels is not None and bool((labels.detach().cpu().masked_select(~real) != IGNORED_LABEL).any()):
-            raise ValueError(f"labels: got some at padding, expected {IGNORED_LABEL} wherever attention_mask is 0")
+            raise ValueError(f"{name}: got some at padding, expected {IGNORED_LABEL} wherever attention_mask is 0")
     keys = given.get("cu_seq_lens_k")
     if bounds is not None:
         bounds = [int(x) for x in bounds]
         differ = keys is not None and [int(x) for x in keys] != bounds
-        if batch != 1 or differ or bounds[:1] != [0] or bounds[-1] != length:
+        covers = bounds[:1] == [0] and bounds[-1] == length and sorted(bounds) == bounds
+        if batch != 1 or differ or not covers:
             raise ValueError(
                 f"cu_seq_lens_q: got {bounds[:3]} ... {bounds[-1:]} for {batch} rows of {length} tokens, expected one "
-                f"row and [0, ..., {length}], and cu_seq_lens_k equal to it; flatten the batch"
+                f"row and rising bounds [0, ..., {length}], and cu_seq_lens_k equal to it; flatten the batch"
             )
         starts[0, bounds[:-1]] = True
     elif keys is not None:

@@ -91,7 +91,7 @@ class Checkpoints:
         set_model_state_dict(model, parameters)
 
     def _check_same(self, path: Path, names: Iterable[str]) -> None:
-        manifest = read_manifest(path)
+        manifest = {"engine": "torch", **read_manifest(path)}  # which those made before there were others do not say
         for name in names:
             if manifest.get(name) != self.identity[name]:
                 raise ValueError(

@@ -253,10 +253,13 @@ def _advice(out: Path, argv: Sequence[str]) -> str:
     checkpoint = last_whole(out / CHECKPOINTS)
     if checkpoint is None:
         return "no checkpoint was saved yet"
-    options = [argument for argument in argv if argument != "--resume"]
-    command = shlex.join(
-        ["seqpar", "train", *options, *([] if "--out" in options else ["--out", str(out)]), "--resume"]
-    )
+    options, skipped = list[str](), False
+    for argument in argv:
+        if not skipped and argument != "--resume" and argument.split("=")[0] != "--init":
+            options.append(argument)
+        skipped = argument == "--init"
+    given = any(argument.split("=")[0] == "--out" for argument in options)
+    command = shlex.join(["seqpar", "train", *options, *([] if given else ["--out", str(out)]), "--resume"])
     return f"last whole checkpoint: {checkpoint} (step {step_of(checkpoint)}); resume with: {command}"
 
 

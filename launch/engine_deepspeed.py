@@ -129,7 +129,9 @@ class DeepSpeedEngine(TransformersEngine):
             raise OSError(str(error)) from error
 
     def _load(self, folder: Path) -> None:
-        self.model.load_checkpoint(str(folder), tag=_TAG)
+        found, _ = self.model.load_checkpoint(str(folder), tag=_TAG)
+        if found is None:
+            raise ValueError(f"{folder}: DeepSpeed found none of its files there; resume an older one, or start anew")
 
 
 def _settings(config: TrainConfig, shape: PretrainedConfig, parameters: int, ranks: Ranks) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class MegatronEngine(Engine):
         config, ranks, shape = setup.config, setup.ranks, self.shape
         options = attention_options(config)
         assert options.layer_masks(shape.num_hidden_layers, shape.num_key_value_heads) == setup.masks, "the same masks"
+        parallel_state.destroy_model_parallel()  # of an earlier run in this process
         parallel_state.initialize_model_parallel(
             context_parallel_size=ranks.sequence.size,
             distributed_timeout_minutes=config.timeout / 60,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 USAGE = """usage: seqpar megatron SCRIPT [MEGATRON'S ARGUMENTS] [--seqpar-schedule ...] [--seqpar-mask ...]
 
-Runs a script of Megatron-LM, such as pretrain_gpt.py, as it is, with seqpar's attention over the ranks of
---context-parallel-size. Under torchrun:
+Runs a script of Megatron-LM that reads --spec, such as pretrain_gpt.py, as it is, with seqpar's attention over the
+ranks of --context-parallel-size. Under torchrun:
 
   torchrun --nproc-per-node 8 --no-python seqpar megatron pretrain_gpt.py --context-parallel-size 8 ...
 
@@ -31,6 +31,12 @@ def prepare(argv: Sequence[str]) -> Path:
     if "--spec" in given:
         raise ValueError(
             f"--spec got a layer of your own; expected none, since {' '.join(SPEC)} is added: leave it out"
+        )
+    flags = [name for name in given if name.startswith("--seqpar-")]
+    if "--yaml-cfg" in given and flags:
+        raise ValueError(
+            f"{flags[0]} got --yaml-cfg too, beside which Megatron reads no other arguments; expected it in the YAML "
+            f"file: write {flags[0][2:].replace('-', '_')}: ... there, and spec: [{', '.join(SPEC[1:])}]"
         )
     sys.path.insert(0, str(path.parent))  # as Python does for a script
     add_flags(path)

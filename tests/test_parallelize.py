@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
 import subprocess
@@ -84,6 +85,21 @@ def test_copied_inputs_are_recomputed_where_one_batch_is_under_way_and_refused_w
     for grads, _ in run_loopback(2, run, Net(checkpoint="reentrant")):
         for got, expected in zip(grads, alone.parameters(), strict=True):
             assert error(got, expected.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_next_batch_may_come_before_the_backward_of_one_whose_inputs_were_copied(kind: str) -> None:
+    alone = Net()
+    loss_alone(alone, rows(), DOCUMENTS).backward()
+    model = Net(checkpoint=kind)
+    handle = parallelize(model, None)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        loss = loss_shared(model, handle, rows(), DOCUMENTS)
+    gc.collect()
+    handle.shard(rows(), cu_seqlens=[[0, 53]] * 2)
+    loss.backward()
+    for got, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert error(got.grad, expected.grad) < 1e-5
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)

@@ -1,6 +1,8 @@
 """Plans that layers share, and what configurations can say."""
 
 import gc
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import seqpar
 from seqpar.comm import World, run_loopback
 from seqpar.integrations import sharing
 from seqpar.integrations.options import AttentionOptions, share_of_heads
-from seqpar.integrations.packing import padded_documents, zigzag_by_document
+from seqpar.integrations.packing import packed_documents, padded_documents, zigzag_by_document
 from seqpar.integrations.sharing import KEPT, SharedPlans, bounds_of
 
 
@@ -25,24 +27,39 @@ def test_the_first_of_a_team_agrees_and_the_others_find_its_plan() -> None:
     def calls(world: World) -> list[int]:
         shared = SharedPlans(world)
         counts = []
-        for caller, length in ((first, 8), (second, 8), (first, 8), (first, 9), (second, 8), (second, 10)):
+        for caller, length in ((first, 8), (second, 8), (first, 8), (first, 9), (second, 8), (second, 10), (first, 11)):
             world.meter.reset()
-            plan = shared.plan(caller, "team", seqpar.Causal(), length=length)
+            plan = shared.plan(shared.leads(caller, "team"), seqpar.Causal(), length=length)
             assert plan.length == length
             counts.append(world.meter.by_kind["agree"].calls if world.meter.by_kind else 0)
         return counts
 
-    # The second finds nothing of ten tokens, and asks for itself.
-    assert run_loopback(2, calls) == [[1, 0, 1, 1, 0, 1]] * 2
+    # The second, called again, begins a batch, in which the first finds nothing of eleven tokens and asks for itself.
+    assert run_loopback(2, calls) == [[1, 0, 1, 1, 0, 1, 1]] * 2
+
+
+def test_who_leads_is_the_same_where_a_layer_lives_on() -> None:
+    """A rank may keep a model, for averages or in a cycle, that another has dropped."""
+
+    def leading(world: World) -> list[bool]:
+        shared, first, second = SharedPlans(world), Layer(), Layer()
+        led = [shared.leads(layer, "team") for layer in (first, second)]
+        if world.rank == 1:
+            del first
+            gc.collect()
+        return [*led, *(shared.leads(second, "team") for _ in range(2))]
+
+    assert run_loopback(2, leading) == [[True, False, True, True]] * 2
 
 
 def test_a_refusal_of_the_first_reaches_every_rank() -> None:
     def refused(world: World) -> str:
         shared, layer = SharedPlans(world), Layer()
         try:
+            leads = shared.leads(layer, "team")
             if world.rank == 1:
-                shared.refuse(layer, "team", ValueError("too long"))
-            shared.plan(layer, "team", seqpar.Causal(), length=8)
+                shared.refuse(leads, ValueError("too long"))
+            shared.plan(leads, seqpar.Causal(), length=8)
         except ValueError as error:
             return str(error)
         return "nothing"
@@ -51,10 +68,10 @@ def test_a_refusal_of_the_first_reaches_every_rank() -> None:
 
 
 def test_plans_are_bounded_and_go_with_their_layers() -> None:
-    shared, layer = SharedPlans.of(None), Layer()
+    shared = SharedPlans.of(None)
     assert SharedPlans.of(None) is shared
-    plans = [shared.plan(layer, "team", seqpar.Causal(), length=length) for length in range(1, KEPT + 3)]
-    assert shared.plan(layer, "team", seqpar.Causal(), length=KEPT) is plans[KEPT - 1]
+    plans = [shared.plan(True, seqpar.Causal(), length=length) for length in range(1, KEPT + 3)]
+    assert shared.plan(False, seqpar.Causal(), length=KEPT) is plans[KEPT - 1]
     assert len(shared._plans) == KEPT
     del shared
     gc.collect()
@@ -66,6 +83,8 @@ def test_bounds_are_read_again_where_they_changed() -> None:
     assert bounds_of(cu_seqlens) is bounds_of(cu_seqlens)
     cu_seqlens[1] = 4
     assert bounds_of(cu_seqlens) == [0, 4, 5]
+    with torch.inference_mode():
+        assert bounds_of(torch.tensor([0, 7])) == [0, 7]
 
 
 @settings(deadline=None)
@@ -89,6 +108,33 @@ def test_padding_is_kept_apart(documents: list[tuple[int, int]]) -> None:
 def test_a_zigzag_by_document_gives_each_rank_a_chunk_from_either_end() -> None:
     layout = zigzag_by_document((0, 8, 12), 2)
     assert [held.tensor.tolist() for held in layout.queries] == [[0, 1, 6, 7, 8, 11], [2, 3, 4, 5, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "begins", "message"),
+    [
+        ([0, 6, 8], [0, 4, 12], "documents of [6, 2] tokens in places of [4, 8]"),
+        ([0, 3], [0, 4, 12], "documents of [3] tokens in places of [4, 8]"),
+        ([0, 3, 2], [0, 4, 12], "documents of [3, -1] tokens in places of [4, 8]"),
+    ],
+)
+def test_documents_that_do_not_fit_their_places_are_refused(lengths: list, begins: list, message: str) -> None:
+    bounds, places = torch.tensor(lengths), torch.tensor(begins)
+    packed = SimpleNamespace(
+        cu_seqlens_q=bounds, cu_seqlens_kv=bounds, cu_seqlens_q_padded=places, cu_seqlens_kv_padded=places
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_documents(packed, 12, 2)
+
+
+def test_documents_may_be_empty() -> None:
+    bounds = torch.tensor([0, 4, 4, 8, 8])
+    packed = SimpleNamespace(
+        cu_seqlens_q=bounds, cu_seqlens_kv=bounds, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None
+    )
+    documents, layout = packed_documents(packed, 8, 2)
+    assert documents == seqpar.Documents([0, 4, 8])
+    assert layout == zigzag_by_document((0, 4, 8), 2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

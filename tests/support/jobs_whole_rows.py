@@ -247,6 +247,8 @@ def wrong_calls(rank: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "labels at padding": ({**ids, "labels": rows.tokens, "attention_mask": padded}, {}),
         "positions": ({**ids, "position_ids": odd}, {}),
         "positions of a rank": ({**ids, "position_ids": rows.positions[:, :40]}, {}),
+        "falling bounds": ({**ids, "cu_seq_lens_q": torch.tensor([0, 40, 20, 75])}, {}),
+        "used cache": ({**ids, "use_cache": True}, {}),
         "bounds": ({**ids, "cu_seq_lens_q": torch.tensor([0, 9])}, {}),
         "other bounds": ({**ids, "cu_seq_lens_q": [0, 9, length], "cu_seq_lens_k": [0, 8, length]}, {}),
         "bounds of keys": ({**ids, "cu_seq_lens_k": [0, length]}, {}),

@@ -59,8 +59,8 @@ def parallelize(
         model: its modules' forwards are wrapped, in place.
         mesh: all ranks over which the model's gradients are averaged; a mesh, a process group, or None for one rank.
         options: mask, schedule and kernel; all layers have the same mask.
-        axes: the mesh's axis, or two of them (the last inside the node), along which ranks share a sequence. Only
-            where there is more than one may it be left out.
+        axes: the mesh's axis, or two of them (the last inside the node), along which ranks share a sequence. It may be
+            left out where the mesh has one axis.
         layout: how tokens are dealt, see `seqpar.plan`.
         heads, head_dim, dtype: (query heads, KV heads), ...; what schedule and layout "auto" and mask "s2" must know.
 
@@ -110,10 +110,6 @@ class Parallelized:
             if module is model or not type(module).__module__.startswith("torch.nn.modules."):
                 self._wrapped.append((module, module.__dict__.get("forward")))
                 wrap(module, self._calls, mode, _finish if module is model else None)
-
-    def __deepcopy__(self, memo: object) -> Parallelized:
-        """Itself: a copied model takes the same batches."""
-        return self
 
     @property
     def plan(self) -> seqpar.Plan:

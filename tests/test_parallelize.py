@@ -242,6 +242,14 @@ def test_attention_that_would_be_another_s_is_refused_on_every_rank(
     run_loopback(2, run, timeout=10)
 
 
+def test_other_attention_inside_a_compiled_graph_is_refused() -> None:
+    other = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    model = Calls(lambda q, k, v: other(SDPA(q, k, v).sin(), k, v)[0])
+    parallelize(model, None).shard(ROW[:, :6])
+    with pytest.raises(ValueError, match="which would see this rank's tokens alone"):
+        torch.compile(model, backend="eager")(LOCAL)
+
+
 def test_the_options_kernel_computes() -> None:
     model = Calls(SDPA)
     parallelize(model, None, AttentionOptions(kernel="library")).shard(ROW[:, :6])

@@ -130,7 +130,8 @@ class Calls:
         found: set[seqpar.Plan | None]
         found = {self._plans.get(StorageWeakRef(tensor.untyped_storage())) for tensor in tensors} - {None}
         if not found:  # inputs that were copied since, by a cast or from another device
-            found = {plan for storage, plan in self._plans.items() if plan and not storage.expired()} | {*self._needed}
+            found.update(self._needed)
+            found.update(plan for storage, plan in self._plans.items() if plan and not storage.expired())
             found = found or {self.plan}
         plan = found.pop()
         if found or plan is None:

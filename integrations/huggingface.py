@@ -26,6 +26,8 @@ import seqpar
 from seqpar.comm import Group
 from seqpar.validation import ATTENTION, agree_once
 
+from .model_config import check_layers, heads_of, masks_of
+
 if TYPE_CHECKING:
     from .generation import ShardedCache
     from .options import AttentionOptions
@@ -120,21 +122,13 @@ def sharded_cache(
             f"load it with attn_implementation={NAME!r}, after register()"
         )
     layers = config.num_hidden_layers
-    _check_layers(config, shared=seqpar.comm.connect(group).size > 1)
-    if masks is None:
-        windows = _windows(config)
-        masks = [seqpar.Causal() if window is None else seqpar.SlidingWindow(window - 1) for window in windows]
+    check_layers(config, shared=seqpar.comm.connect(group).size > 1)
+    masks = masks_of(config) if masks is None else list(masks)
     if len(masks) != layers:
         raise ValueError(f"masks: got {len(masks)}, expected {layers}, one for each layer")
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    value_dim = getattr(config, "v_head_dim", None) or head_dim
-    if hasattr(config, "qk_nope_head_dim"):
-        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     return ShardedCache(
-        list(masks), group, batch, chunk, heads=(heads, kv_heads), head_dim=(head_dim, value_dim), capacity=capacity,
-        dtype=model.dtype, device=model.device, page=page,
+        masks, group, batch, chunk, **heads_of(config), capacity=capacity, dtype=model.dtype, device=model.device,
+        page=page,
     )  # fmt: skip
 
 
@@ -158,15 +152,6 @@ def prefill(
     from . import generation
 
     generation.prefill(model, input_ids, cache, attention_mask, schedule, layout, progress)
-
-
-def _windows(config: Any) -> list[int | None]:
-    """The window of each layer, None where it sees everything."""
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def no_mask(*, attention_mask: Tensor | None = None, config: Any = None, **_: Any) -> Tensor | None:
@@ -235,12 +220,6 @@ def attention_forward(
     return seqpar.attention(q, k, v, seqpar_plan, scale=scaling, sinks=s_aux), None
 
 
-# Layers that look at other tokens through attention alone.
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
-# Rotary embeddings whose frequencies depend on the longest position that a call sees: here, on one rank's tokens.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-
 def _check_model(config: Any, plan: seqpar.Plan, plans: Collection[Any], position_ids: Tensor | None) -> None:
     """Raise ValueError, on every rank, where a model would mix or place tokens as if a rank's were all there are."""
     try:
@@ -255,29 +234,9 @@ def _check_model(config: Any, plan: seqpar.Plan, plans: Collection[Any], positio
             if position_ids.shape[-1:] != expected.shape[-1:] or bool((position_ids != expected).any()):
                 got = "other position_ids than the plan's (a model that gets none counts from 0 on every rank)"
                 raise ValueError(f"seqpar attention got {got}; expected those: pass position_ids=plan.position_ids")
-        _check_layers(config, shared=plan.world.size > 1)
+        check_layers(config, shared=plan.world.size > 1)
     except ValueError as error:
         agree_once(plan, ATTENTION, {}, error)
-
-
-def _check_layers(config: Any, shared: bool) -> None:
-    """Raise ValueError where layers would see one rank's tokens only, or place them as if those were all."""
-    if shared:
-        layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
-        if layers:
-            named = ", ".join(sorted(layers))
-            raise ValueError(
-                f"seqpar attention got a model with {named} layers, expected attention alone: other layers would see "
-                "one rank's tokens only; use one rank"
-            )
-        rope = getattr(config, "rope_parameters", None) or {}
-        ropes = (rope, *rope.values())
-        kinds = {str(r.get("rope_type")) for r in ropes if isinstance(r, Mapping)} & _LENGTH_DEPENDENT_ROPE
-        if kinds:
-            raise ValueError(
-                f"seqpar attention got a model with rope_type {', '.join(sorted(kinds))}, expected frequencies that do "
-                "not depend on the length of a call: set another rope_type in its config, or use one rank"
-            )
 
 
 def _of_layer(plans: Sequence[Any], module: nn.Module) -> Any:

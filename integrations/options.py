@@ -82,7 +82,7 @@ class AttentionOptions:
             value = getattr(self, name)
             if self.mask == needs and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: got {value!r} with mask {needs}, expected a positive number of tokens")
-        _ = self.schedule_object, self._sparse(1 + self.s2_dense_heads)
+        _ = self.schedule_object, self.sparse(1 + self.s2_dense_heads)
 
     @classmethod
     def of(cls: type[_Options], given: Mapping[str, Any], where: str) -> _Options:
@@ -114,7 +114,7 @@ class AttentionOptions:
             assert self.chunk is not None, "a chunk was checked"
             return seqpar.Causal() & seqpar.Chunked(self.chunk)
         if self.mask == "s2" and layer not in self.s2_dense_layers:
-            return self._sparse(kv_heads)
+            return self.sparse(kv_heads)
         return seqpar.Full() if self.mask == "full" else seqpar.Causal()
 
     def layer_masks(self, layers: int, kv_heads: int) -> list[seqpar.Mask]:
@@ -126,8 +126,9 @@ class AttentionOptions:
             )
         return [self.layer_mask(layer, kv_heads) for layer in range(layers)]
 
-    def _sparse(self, kv_heads: int) -> seqpar.SparselySharded:
-        stride = self.s2_stride or max(1, kv_heads - self.s2_dense_heads)
+    def sparse(self, kv_heads: int) -> seqpar.SparselySharded:
+        """Mask s2 of a layer that is not dense."""
+        stride = self.s2_stride or widest_stride(kv_heads, self.s2_dense_heads)
         return seqpar.SparselySharded(
             self.s2_block, self.s2_local, stride, self.s2_dense_heads, allow_incomplete=self.s2_allow_incomplete
         )
@@ -135,6 +136,11 @@ class AttentionOptions:
     def _one_of(self, name: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(filter(None, allowed))}")
+
+
+def widest_stride(kv_heads: int, dense_heads: int) -> int:
+    """With which heads that are not dense just see every block together."""
+    return max(1, kv_heads - dense_heads)
 
 
 def share_of_heads(mask: seqpar.Mask, kv_heads: int, rank: int, ranks: int, length: int) -> seqpar.Mask:

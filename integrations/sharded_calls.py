@@ -13,7 +13,9 @@ from seqpar.comm import Group, agree, connect
 from seqpar.planning import IGNORED_LABEL
 
 from . import huggingface
+from .model_config import check_layers, heads_of, windows_of
 from .options import AttentionOptions
+from .sharing import layer_plans
 from .whole_rows import CONSUMED, check_call, digest, documents_of, rows_of
 
 
@@ -98,7 +100,7 @@ class ShardedCalls:
         except Exception as error:  # whatever it is, the other ranks must hear of it
             refusal = error
         agree(self._world, "a call with whole rows, the same on every rank of a sequence", fields, refusal)
-        self._plan(whole, documents)
+        self.plans = self._plan(whole, documents)
         plan, here = self.plans[0], self.plans[0].queries.tensor.to(whole.device)
         local = {name: value for name, value in given.items() if name not in CONSUMED}
         # Not plan.shard: as with parameters, each rank's gradient of what made the embeddings is its part of it.
@@ -119,22 +121,17 @@ class ShardedCalls:
                 "logits: call without labels"
             )
 
-    def _plan(self, whole: Tensor, documents: seqpar.Documents) -> None:
-        """One for each distinct mask; layers share them, and all share the layout of their tokens."""
-        plans: dict[seqpar.Mask, seqpar.Plan] = {}
-        schedule, told = self._options.schedule_object, dict[str, Any]()
-        layout: str | seqpar.Layout = self._layout
-        if "auto" in (schedule, layout):
-            told = {"head_dim": _head_dim(self._config), "dtype": self._inner.dtype}
-            if torch.is_autocast_enabled(whole.device.type):
-                told["dtype"] = torch.get_autocast_dtype(whole.device.type)
-        for mask in dict.fromkeys(self._masks):
-            plans[mask] = seqpar.plan(
-                mask & documents, length=whole.shape[1], group=self._world, layout=layout, schedule=schedule,
-                heads=_heads(self._config), **told,
-            )  # fmt: skip
-            layout = plans[mask].layout
-        self.plans = [plans[mask] for mask in self._masks]
+    def _plan(self, whole: Tensor, documents: seqpar.Documents) -> list[seqpar.Plan]:
+        schedule, told = self._options.schedule_object, dict[str, Any](heads_of(self._config))
+        if "auto" in (schedule, self._layout):
+            autocast = torch.is_autocast_enabled(whole.device.type)
+            told["dtype"] = torch.get_autocast_dtype(whole.device.type) if autocast else self._inner.dtype
+        else:
+            del told["head_dim"]
+        return layer_plans(
+            self._masks, documents, length=whole.shape[1], group=self._world, layout=self._layout, schedule=schedule,
+            **told,
+        )  # fmt: skip
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **others: Any) -> Tensor:
         """In place of the model's loss: its sum over this rank's tokens, then the mean over all ranks'."""
@@ -203,9 +200,9 @@ def _masks(config: Any, options: AttentionOptions, shared: bool) -> list[seqpar.
     """Of each layer, with the model's own windows where it has some."""
     if options.kernel != "auto":
         raise ValueError(f"kernel: got {options.kernel!r}, expected 'auto' for transformers models; leave it out")
-    huggingface._check_layers(config, shared)
-    masks = options.layer_masks(config.num_hidden_layers, _heads(config)[1])
-    for layer, window in enumerate(huggingface._windows(config)):
+    check_layers(config, shared)
+    masks = options.layer_masks(config.num_hidden_layers, heads_of(config)["heads"][1])
+    for layer, window in enumerate(windows_of(config)):
         if window is None or (options.mask == "window" and options.window == window):
             continue
         if options.mask != "causal":
@@ -216,14 +213,3 @@ def _masks(config: Any, options: AttentionOptions, shared: bool) -> list[seqpar.
             )
         masks[layer] = seqpar.SlidingWindow(window - 1)
     return masks
-
-
-def _heads(config: Any) -> tuple[int, int]:
-    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _head_dim(config: Any) -> tuple[int, int]:
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    value_dim = getattr(config, "v_head_dim", None) or dim
-    latent = hasattr(config, "qk_nope_head_dim")
-    return (config.qk_nope_head_dim + config.qk_rope_head_dim if latent else dim), value_dim

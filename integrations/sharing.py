@@ -1,9 +1,9 @@
-"""Plans for callers that know a batch only when attention is called: the layers of a model share them."""
+"""Plans that the layers of a model share, whoever knows the batch: their caller, or none but they themselves."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, MutableMapping, MutableSet
+from collections.abc import Hashable, MutableMapping, MutableSet, Sequence
 from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
@@ -12,6 +12,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import seqpar
 from seqpar.comm import Group, World, agree, connect
+
+
+def layer_plans(
+    masks: Sequence[seqpar.Mask], documents: seqpar.Documents, *, layout: str | seqpar.Layout, **arguments: Any
+) -> list[seqpar.Plan]:
+    """A plan for each layer's mask inside of documents, by `seqpar.plan`'s other arguments.
+
+    Layers with the same mask share it, and all share the layout of their tokens: that of a causal mask, where there is
+    one, which leaves least out.
+    """
+    plans: dict[seqpar.Mask, seqpar.Plan] = {}
+    for mask in sorted(dict.fromkeys(masks), key=lambda mask: not isinstance(mask, seqpar.Causal)):
+        plans[mask] = seqpar.plan(mask & documents, layout=layout, **arguments)
+        layout = plans[mask].layout
+    return [plans[mask] for mask in masks]
+
 
 KEPT = 32
 """Plans of a group that are kept, the latest."""

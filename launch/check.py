@@ -18,6 +18,8 @@ import torch
 import seqpar
 from seqpar.comm import World
 from seqpar.integrations import huggingface
+from seqpar.integrations.model_config import heads_of, masks_of
+from seqpar.integrations.sharing import layer_plans
 
 from .check_config import CheckConfig
 from .check_findings import BOUNDS, Findings, LayerFinding
@@ -37,7 +39,6 @@ from .config import TrainConfig
 from .data import Batch
 from .distributed import connected
 from .loading import Source, fingerprint
-from .masks import distinct
 from .model import decoder_layers, model_fields
 from .spawn import Place
 
@@ -132,8 +133,7 @@ def with_own_attention(model: PreTrainedModel) -> PreTrainedModel:
 
 def own_layer_masks(shape: PretrainedConfig) -> list[seqpar.Mask]:
     """What a model's config says of each layer: causal, with its windows."""
-    windows = huggingface._windows(shape.get_text_config(decoder=True))
-    return [seqpar.Causal() if window is None else seqpar.SlidingWindow(window - 1) for window in windows]
+    return masks_of(shape.get_text_config(decoder=True))
 
 
 def check_model(
@@ -164,7 +164,16 @@ def check_model(
     """
     telling = telling or Telling(speaks=False)
     model = sharded()
-    plans = _plans(model.config, batch, masks, world, dtype, schedule, layout)
+    plans = layer_plans(
+        masks,
+        _documents(batch),
+        length=batch.tokens.shape[1],
+        group=world,
+        layout=layout,
+        schedule=schedule,
+        dtype=dtype,
+        **heads_of(model.config.get_text_config(decoder=True)),
+    )
     documents = sum(len(bounds) - 1 for bounds in batch.cu_seqlens)
     rows, length = batch.tokens.shape
     telling.line(f"sharded: {rows} rows of {length} tokens, {documents} documents, {_ranks(world.size)}, {schedule}")
@@ -190,38 +199,10 @@ def check_model(
     return _findings(first, second, reference, dtype, about)
 
 
-def _plans(
-    shape: PretrainedConfig,
-    batch: Batch,
-    masks: Sequence[seqpar.Mask],
-    world: World,
-    dtype: torch.dtype,
-    schedule: str,
-    layout: str | seqpar.Layout,
-) -> list[seqpar.Plan]:
-    """One for each layer; layers with the same mask share it, and all share the layout of their tokens."""
-    text = shape.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if hasattr(text, "qk_nope_head_dim"):
-        head_dim = text.qk_nope_head_dim + text.qk_rope_head_dim
-    value_dim = getattr(text, "v_head_dim", None) or head_dim
+def _documents(batch: Batch) -> seqpar.Documents:
+    """One list of bounds where all rows have the same, which some layouts need."""
     same = batch.cu_seqlens[1:] == batch.cu_seqlens[:-1]
-    documents = seqpar.Documents(batch.cu_seqlens[0] if same else batch.cu_seqlens)
-    plans = {}
-    for mask in distinct(masks):
-        plans[mask] = seqpar.plan(
-            mask & documents,
-            length=batch.tokens.shape[1],
-            group=world,
-            layout=layout,
-            schedule=schedule,
-            heads=(heads, getattr(text, "num_key_value_heads", None) or heads),
-            head_dim=(head_dim, value_dim),
-            dtype=dtype,
-        )
-        layout = plans[mask].layout
-    return [plans[mask] for mask in masks]
+    return seqpar.Documents(batch.cu_seqlens[0] if same else batch.cu_seqlens)
 
 
 def _findings(

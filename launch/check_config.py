@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from .options import LONGEST_WAIT, OptionError, at_least, check_seed, positive
-from .outputs import CHECKPOINTS, MODEL, OPTIONS, is_run
+from .outputs import check_model
 
 _Schedule = Literal["ring", "allgather", "ulysses", "auto"]
 _Layout = Literal["zigzag", "contiguous", "striped", "balanced", "document_zigzag", "whole_documents", "auto"]
@@ -71,15 +71,4 @@ class CheckConfig:
         positive("timeout", self.timeout, LONGEST_WAIT)
         if self.text is not None and not self.text.is_file():
             raise OptionError(f"--text {self.text} is no file; name a file of UTF-8 text")
-        path = self.model
-        if is_run(path) or (path / "config.json").is_file():
-            return
-        if (path / CHECKPOINTS).is_dir():
-            raise OptionError(
-                f"--model {path} is a run that left no {MODEL}/{OPTIONS}; expected what `seqpar train` writes when it "
-                "starts: resume the run, which writes it"
-            )
-        raise OptionError(
-            f"--model {path} holds no config.json, and is no run; name the folder of a Hugging Face model, or the "
-            "--out folder of a `seqpar train` run"
-        )
+        check_model(self.model)

@@ -24,6 +24,7 @@ from seqpar.integrations.packing import zigzag_by_document
 from .config import TrainConfig
 from .data import Batch
 from .engines import Engine, Setup, adamw, missing
+from .masks import mask_options
 from .megatron_weights import to_megatron, to_transformers
 from .model import build, checkpointed
 
@@ -54,8 +55,6 @@ class MegatronEngine(Engine):
         from seqpar.integrations.megatron import layer_spec
 
         config, ranks, shape = setup.config, setup.ranks, self.shape
-        options = attention_options(config)
-        assert options.layer_masks(shape.num_hidden_layers, shape.num_key_value_heads) == setup.masks, "the same masks"
         parallel_state.destroy_model_parallel()  # of an earlier run in this process
         parallel_state.initialize_model_parallel(
             context_parallel_size=ranks.sequence.size,
@@ -70,7 +69,7 @@ class MegatronEngine(Engine):
             warnings.simplefilter("ignore")  # over options that are not set
             gpt = GPTModel(
                 transformer_config(shape, context_parallel_size=ranks.sequence.size),
-                layer_spec(options),
+                layer_spec(attention_options(config)),
                 vocab_size=shape.vocab_size,
                 max_sequence_length=config.seq_len,
                 position_embedding_type="rope",
@@ -261,7 +260,6 @@ def _packed_params(lengths: list[int], begins: list[int], device: torch.device) 
 
 
 def attention_options(config: TrainConfig) -> AttentionOptions:
-    """What the run's options are for an adapter, which has the same names and defaults for them but for the window."""
-    given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(AttentionOptions)}
-    given["window"] = config.window_tokens if config.mask == "window" else None
-    return AttentionOptions(**{name: value for name, value in given.items() if value is not None})
+    """What the run's options are for the adapter."""
+    schedule: Any = config.schedule
+    return dataclasses.replace(mask_options(config), schedule=schedule, exchange=config.exchange)

@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import functional as F
 
 import seqpar
+from seqpar.integrations.model_config import heads_of
+from seqpar.integrations.sharing import layer_plans
 
 from .data import Batch
 from .engines import Engine, Setup, adamw
-from .masks import distinct
 from .model import shard
 from .verify import whole_gradients
 
@@ -48,24 +49,17 @@ class TransformersEngine(Engine):
         return loss, (labels != -100).sum()
 
     def _plans(self, batch: Batch) -> list[seqpar.Plan]:
-        """One for each layer; layers with the same mask share it, and all share the layout of their tokens."""
-        config, shape = self.setup.config, self.shape
-        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        layout: str | seqpar.Layout = config.layout
-        plans = {}
-        for mask in distinct(self.setup.masks):
-            plans[mask] = seqpar.plan(
-                mask & seqpar.Documents(batch.cu_seqlens),
-                length=config.seq_len,
-                group=self.setup.ranks.sequence,
-                layout=layout,
-                schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
-                heads=(shape.num_attention_heads, shape.num_key_value_heads),
-                head_dim=head_dim,
-                dtype=self.setup.dtype,
-            )
-            layout = plans[mask].layout
-        return [plans[mask] for mask in self.setup.masks]
+        config = self.setup.config
+        return layer_plans(
+            self.setup.masks,
+            seqpar.Documents(batch.cu_seqlens),
+            length=config.seq_len,
+            group=self.setup.ranks.sequence,
+            layout=config.layout,
+            schedule=seqpar.Ring(exchange=config.exchange) if config.schedule == "ring" else config.schedule,
+            dtype=self.setup.dtype,
+            **heads_of(self.shape),
+        )
 
 
 class TorchEngine(TransformersEngine):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from .options import LONGEST_WAIT, OptionError, at_least, check_seed, option, positive
-from .outputs import CHECKPOINTS, MODEL, OPTIONS, is_run
+from .outputs import check_model, is_run
 
 _Schedule = Literal["tree", "ring", "allgather", "ulysses", "auto"]
 _Layout = Literal["zigzag", "contiguous", "striped", "balanced", "auto"]
@@ -87,18 +87,7 @@ class GenerateConfig:
         positive("timeout", self.timeout, LONGEST_WAIT)
         if not self.prompt and not self.prompt_file:
             raise OptionError("--prompt and --prompt-file are both missing; expected one prompt or more: give either")
-        path = self.model
-        if self.is_run or (path / "config.json").is_file():
-            return
-        if (path / CHECKPOINTS).is_dir():
-            raise OptionError(
-                f"--model {path} is a run that left no {MODEL}/{OPTIONS}; expected what `seqpar train` writes when it "
-                "starts: resume the run, which writes it"
-            )
-        raise OptionError(
-            f"--model {path} holds no config.json, and is no run; name the folder of a Hugging Face model, or the "
-            "--out folder of a `seqpar train` run"
-        )
+        check_model(self.model)
 
     @property
     def is_run(self) -> bool:

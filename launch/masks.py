@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import seqpar
+from seqpar.integrations.options import AttentionOptions
 
 from .config import TrainConfig
 from .options import OptionError
@@ -19,31 +20,28 @@ if TYPE_CHECKING:
 
 def layer_masks(config: TrainConfig, shape: PretrainedConfig) -> list[seqpar.Mask]:
     """The mask of each layer inside a document. Raises OptionError where options do not fit the model."""
-    layers = shape.num_hidden_layers
-    if config.mask == "causal":
-        return [seqpar.Causal()] * layers
-    if config.mask == "window":
-        return [seqpar.SlidingWindow(config.window_tokens - 1)] * layers
+    layers, kv_heads = shape.num_hidden_layers, shape.num_key_value_heads
     wrong = [layer for layer in config.s2_dense_layers if not 0 <= layer < layers]
     if wrong:
         raise OptionError(f"--s2-dense-layers {wrong[0]} got a model of {layers} layers; expected 0 .. {layers - 1}")
-    block, local, stride = s2_sizes(config, shape)
-    sparse = seqpar.SparselySharded(
-        block, local, stride, config.s2_dense_heads, allow_incomplete=config.s2_allow_incomplete
-    )
-    sparse.check(config.seq_len, config.seq_len, shape.num_key_value_heads)
-    return [seqpar.Causal() if layer in config.s2_dense_layers else sparse for layer in range(layers)]
+    masks = mask_options(config).layer_masks(layers, kv_heads)
+    for mask in masks:
+        mask.check(config.seq_len, config.seq_len, kv_heads)
+    return masks
+
+
+def mask_options(config: TrainConfig) -> AttentionOptions:
+    """The mask as adapters have it, whose options have the same names and defaults but for the window's."""
+    names = [field.name for field in dataclasses.fields(AttentionOptions)]
+    given = {name: getattr(config, name) for name in names if name.startswith(("mask", "s2_"))}
+    given["window"] = config.window_tokens if config.mask == "window" else None
+    return AttentionOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def s2_sizes(config: TrainConfig, shape: PretrainedConfig) -> tuple[int, int, int]:
     """Block, blocks of the band and stride; by default 64, 16, and the sparse KV heads, which just see everything."""
-    stride = config.s2_stride or widest_stride(shape.num_key_value_heads, config.s2_dense_heads)
-    return config.s2_block or 64, config.s2_local or 16, stride
-
-
-def widest_stride(kv_heads: int, dense_heads: int) -> int:
-    """With which heads that are not dense just see every block together."""
-    return max(1, kv_heads - dense_heads)
+    mask = mask_options(config).sparse(shape.num_key_value_heads)
+    return mask.block, mask.local_blocks, mask.stride
 
 
 def describe(config: TrainConfig, shape: PretrainedConfig) -> str:
@@ -81,8 +79,3 @@ def seen_pairs(config: TrainConfig, shape: PretrainedConfig, length: int) -> lis
     sparse = torch.stack(heads).repeat_interleave(shape.num_attention_heads // kv_heads, 0)[None]
     dense = set(config.s2_dense_layers)
     return [None if layer in dense else sparse for layer in range(shape.num_hidden_layers)]
-
-
-def distinct(masks: Sequence[seqpar.Mask]) -> list[seqpar.Mask]:
-    """Each mask once, those that leave least out first: the others' tokens are dealt as theirs."""
-    return sorted(dict.fromkeys(masks), key=lambda mask: not isinstance(mask, seqpar.Causal))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .config import TrainConfig
 from .manifest import checkpoints, last_whole
+from .options import OptionError
 
 METRICS, PLOT, CHECKPOINTS, MODEL = "metrics.jsonl", "loss.png", "checkpoints", "model"
 
@@ -48,6 +49,21 @@ def prepare(config: TrainConfig) -> Path:
 def is_run(path: Path) -> bool:
     """Whether this is the folder of a run that left its model."""
     return (path / MODEL / OPTIONS).is_file()
+
+
+def check_model(path: Path) -> None:
+    """Raise OptionError unless this is the folder of a run, or of a Hugging Face model."""
+    if is_run(path) or (path / "config.json").is_file():
+        return
+    if (path / CHECKPOINTS).is_dir():
+        raise OptionError(
+            f"--model {path} is a run that left no {MODEL}/{OPTIONS}; expected what `seqpar train` writes when it "
+            "starts: resume the run, which writes it"
+        )
+    raise OptionError(
+        f"--model {path} holds no config.json, and is no run; name the folder of a Hugging Face model, or the "
+        "--out folder of a `seqpar train` run"
+    )
 
 
 def newest_checkpoint(out: Path, report: Callable[[str], None] = lambda line: None) -> Path:

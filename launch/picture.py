@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import seqpar
+from seqpar.integrations.options import widest_stride
 from seqpar.itinerary import Itinerary, itinerary
 from seqpar.reach import busiest_rows, forward_rows
 
-from .masks import widest_stride
 from .options import OptionError
 
 HEADS_SHOWN = 8

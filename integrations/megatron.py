@@ -2,9 +2,8 @@
 
     torchrun ... --no-python seqpar megatron pretrain_gpt.py <Megatron's own arguments> --seqpar-schedule ring
 
-runs a Megatron-LM script as it is. Those who start it themselves add `--spec seqpar.integrations.megatron layer`, and
-`extra_args_provider=seqpar.integrations.megatron.add_arguments` for the flags; those who build a model give
-`GPTModel(config, transformer_layer_spec=layer_spec(AttentionOptions(schedule="ring")), ...)`.
+runs a Megatron-LM script as it is. Who starts it otherwise adds `--spec seqpar.integrations.megatron layer`, and
+`extra_args_provider=add_arguments` for the flags; who builds a model, `GPTModel(config, layer_spec(options), ...)`.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ from .supported import require
 
 __all__ = ["CoreAttention", "Layer", "add_arguments", "layer", "layer_spec", "options_of"]
 
-TESTED = "0.16", "0.20"
-"""Megatron-Core versions, from the first on and below the second."""
+TESTED = "0.16", "0.20"  # versions of Megatron-Core, from the first on and below the second
 
 _SCHEDULE_OF = {"p2p": "ring", "allgather": "allgather", "a2a": "ulysses", "a2a+p2p": "hybrid"}
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -112,7 +110,7 @@ class CoreAttention(MegatronModule):
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
         attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None, *, options: AttentionOptions | None = None,
-        **_: Any,  # latent attention says its head dimensions, and so do its tensors
+        k_channels: int | None = None, v_channels: int | None = None,  # which the tensors say, too
     ) -> None:  # fmt: skip
         super().__init__(config=config)
         options = _told() if options is None else options
@@ -131,8 +129,7 @@ class CoreAttention(MegatronModule):
                 raise refusal(f"window_size={config.window_size} and mask {options.mask}", "one of them")
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group = groups.tp
-        self.group = groups.cp if config.context_parallel_size > 1 else None
-        self.plans = SharedPlans.of(self.group)
+        self.plans = self._plans = SharedPlans.of(groups.cp if config.context_parallel_size > 1 else None)
         self.team = id(config), self.options, self.window, self.layer in options.s2_dense_layers
         self._make_offsets(config)
 
@@ -146,14 +143,12 @@ class CoreAttention(MegatronModule):
         Packed (THD): [T/CP, H, D] and so on -> [T/CP, H * Dv]; padding at documents' ends is kept apart from them.
         """
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        self.plans = SharedPlans.of(self.group)
-        if packed_seq_params is not None and (packed_seq_params.cp_group or packed_seq_params.local_cp_size):
-            self.plans = SharedPlans.of(packed_seq_params.cp_group)  # a batch may bring a group of its own, or none
+        self.plans = self._plans_of(packed_seq_params)
         q, k, v = (x.unsqueeze(0) if packed else x.transpose(0, 1) for x in (query, key, value))
         if attention_bias is not None:
             raise refusal("an attention_bias", "none")
-        kind = attn_mask_type or self.attn_mask_type
-        plan = self._plan(q, k, v, attention_mask, kind, packed_seq_params if packed else None)
+        kind, documents = attn_mask_type or self.attn_mask_type, packed_seq_params if packed else None
+        plan = self._plan(q, k, v, attention_mask, kind, documents)
         out = seqpar.attention(
             q, k, v, plan, scale=self.softmax_scale, sinks=self.softmax_offset, kernel=self.options.kernel
         ).flatten(2)
@@ -168,6 +163,14 @@ class CoreAttention(MegatronModule):
             learnt, prefix, {"softmax_offset": 0}, sharded_offsets,
             tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )  # fmt: skip
+
+    def _plans_of(self, batch: PackedSeqParams | None) -> SharedPlans:
+        """Over the context-parallel group, unless the batch brings a group of its own, or says that it goes without."""
+        if batch is None or not (batch.cp_group or batch.local_cp_size):
+            return self._plans
+        if batch.cp_group is None and batch.local_cp_size != 1:
+            raise refusal(f"local_cp_size {batch.local_cp_size} without a cp_group", "both, or a size of 1")
+        return SharedPlans.of(batch.cp_group)
 
     def _plan(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, kind: AttnMaskType, packed: PackedSeqParams | None
@@ -190,9 +193,8 @@ class CoreAttention(MegatronModule):
                 check_causal(hidden, length, self.plans.world)
         except ValueError as error:
             self.plans.refuse(leads, error)
-        tensors = {"heads": heads, "head_dim": (q.shape[3], v.shape[3]), "dtype": q.dtype}
-        schedule = self.options.schedule_object
-        return self.plans.plan(leads, mask, length=length, layout=layout, schedule=schedule, **tensors)
+        how = {"length": length, "layout": layout, "schedule": self.options.schedule_object}
+        return self.plans.plan(leads, mask, **how, heads=heads, head_dim=(q.shape[3], v.shape[3]), dtype=q.dtype)
 
     def _mask(self, kind: AttnMaskType, length: int, kv_heads: int) -> seqpar.Mask:
         """Inside a document, by the type that Megatron names and the options."""
@@ -215,8 +217,8 @@ class CoreAttention(MegatronModule):
         self.softmax_offset: Tensor | None = None
         if config.softmax_type == "vanilla":
             return
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         heads = config.num_attention_heads // self.tp_group.size()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         offsets = torch.zeros(heads, dtype=config.params_dtype, device=device)
         if config.softmax_type == "learnable":
             offsets = torch.nn.Parameter(offsets)

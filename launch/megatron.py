@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch.nn import Module
 
 USAGE = """usage: seqpar megatron SCRIPT [MEGATRON'S ARGUMENTS] [--seqpar-schedule ...] [--seqpar-mask ...]
 
@@ -39,7 +42,7 @@ def prepare(argv: Sequence[str]) -> Path:
             f"file: write {flags[0][2:].replace('-', '_')}: ... there, and spec: [{', '.join(SPEC[1:])}]"
         )
     sys.path.insert(0, str(path.parent))  # as Python does for a script
-    add_flags(path)
+    put_in_place(path)
     # Megatron reads nothing else where it reads a YAML file, which then says what layer it wants.
     sys.argv = [script, *arguments, *([] if "--yaml-cfg" in given else SPEC)]
     return path
@@ -50,10 +53,14 @@ def run(script: Path) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def add_flags(script: Path) -> None:
-    """Let Megatron-LM's parser know seqpar's flags. Raises ValueError where there is no Megatron-LM to import."""
+def put_in_place(script: Path) -> None:
+    """Let Megatron-LM's parser know seqpar's flags, and let no model be trained without seqpar's attention.
+
+    Raises ValueError where there is no Megatron-LM to import.
+    """
     try:
-        import megatron.training.arguments as theirs
+        import megatron.training.arguments as parsing
+        import megatron.training.training as training
 
         from seqpar.integrations import megatron as ours
     except ImportError as error:
@@ -62,5 +69,26 @@ def add_flags(script: Path) -> None:
             "and what that requires: see its README"
         ) from error
     ours.check_version()
-    own = theirs.add_megatron_arguments
-    theirs.add_megatron_arguments = lambda parser: ours.add_arguments(own(parser))
+    arguments, models = parsing.add_megatron_arguments, training.get_model
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        built = models(*args, **kwargs)
+        check_models(built)
+        return built
+
+    parsing.add_megatron_arguments = lambda parser: ours.add_arguments(arguments(parser))
+    training.get_model = checked
+
+
+def check_models(models: Iterable[Module]) -> None:
+    """Raise ValueError for models with transformer layers of which none has seqpar's attention."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from seqpar.integrations.megatron import CoreAttention
+
+    kinds = {type(module) for model in models for module in model.modules()}
+    if any(issubclass(kind, TransformerLayer) for kind in kinds) and CoreAttention not in kinds:
+        raise ValueError(
+            f"the script built a model of other layers than {' '.join(SPEC)} names; expected one that reads --spec, as "
+            "pretrain_gpt.py does"
+        )

@@ -43,6 +43,9 @@ def test_one_layer_agrees_batches_bring_groups_and_every_rank_hears_what_is_wron
             "rank 1: seqpar attention got 23 tokens on each of 2 ranks",
             "seqpar attention got 24 queries and 12 keys",
             "seqpar attention got attn_mask_type arbitrary, expected causal, padding_causal, no_mask, padding",
+            "seqpar attention got local_cp_size 2 without a cp_group, expected both, or a size of 1",
+            "the script built a model of other layers than --spec seqpar.integrations.megatron layer names",
+            "nothing about 8",
         ]
         assert [h[: len(e)] for h, e in zip(heard, expected, strict=True)] == expected
 

@@ -22,6 +22,7 @@ from support.jobs_whole_rows import (
     llama,
     refused_calls,
     rows_of,
+    ten_steps,
     whole_calls,
     wrong_calls,
 )
@@ -38,6 +39,14 @@ def test_loss_gradients_and_logits_equal_each_document_s_alone() -> None:
             assert loss <= 1e-6, kind
             assert gradient <= 1e-5, kind
             assert logits <= 1e-5, kind
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ten_steps_equal_those_of_the_unsharded_model(ranks: int) -> None:
+    """Packed documents of unequal counts, and grouped-query attention."""
+    for loss, gradient in run_gloo(ranks, ten_steps):
+        assert loss <= 1e-4
+        assert gradient <= 1e-5
 
 
 def test_beside_data_parallel_the_loss_is_the_mean_over_all_tokens() -> None:

@@ -1,6 +1,6 @@
 """Megatron-Core's GPTModel as it is, on the CPU over gloo: with our attention on several ranks, with its own on one.
 
-Megatron takes three things for granted that only a GPU has: the patches below are all that it needs.
+Megatron takes some things for granted that only a GPU has: `on_cpu` takes them away, and nothing else.
 """
 
 from __future__ import annotations
@@ -418,7 +418,11 @@ def groups_of_batches(world: World) -> float:
 def refusals(world: World) -> list[str]:
     """What every rank hears of input that is wrong on rank 1 alone."""
     from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.packed_seq_params import PackedSeqParams
+
+    from seqpar.launch.megatron import check_models
 
     heard = []
     with on_cpu():
@@ -437,6 +441,9 @@ def refusals(world: World) -> list[str]:
             lambda: core(odd, k[: len(odd)], k[: len(odd)], None),
             lambda: core(q, k[:12], k[:12], None),
             lambda: core(q, k, k, None, attn_mask_type=_kind("arbitrary")),
+            lambda: core(q, k, k, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=2)),
+            lambda: check_models([GPTModel(config_of(Case("theirs")), get_gpt_layer_local_spec(), 8, 8)]),
+            lambda: check_models([model]),
         ]
         for number, attempt in enumerate(tries):
             try:

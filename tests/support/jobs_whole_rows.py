@@ -74,6 +74,30 @@ def batches(step: int, replica: int) -> Iterator[Rows]:
         yield rows_of(100 * step + 10 * micro + replica)
 
 
+def ten_steps(world: World) -> tuple[float, float]:
+    """The largest relative errors of a loss in ten steps and of a gradient in the first; all ranks share a sequence."""
+    alone, model = llama("sdpa"), llama("seqpar")
+    huggingface.parallelize(model, dist.group.WORLD)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (alone, model)]
+    losses, gradients = [], []
+    for step in range(10):
+        rows = rows_of(step)
+        total, count = loss_sum(alone, rows)
+        (total / count).backward()
+        out = model(input_ids=rows.tokens, labels=rows.labels, position_ids=rows.positions)
+        out.loss.backward()
+        losses.append(abs(float(out.loss) * count / float(total) - 1))
+        for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world.size
+            if step == 0:
+                gradients.append(error(parameter.grad, other.grad))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return max(losses), max(gradients)
+
+
 class Wrapper(nn.Module):
     """Calls the forward of what it wraps without its hooks, as adapters of weights do."""
 

@@ -6,11 +6,13 @@ import shlex
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import seqpar
 from seqpar.integrations.options import AttentionOptions, options_of
 from seqpar.integrations.supported import require
 from seqpar.launch import megatron as command
@@ -79,6 +81,27 @@ def test_what_is_not_computed_is_refused_before_training(
             options=AttentionOptions(**options),
             **asked,
         )
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "schedule"),
+    [
+        (None, {}, seqpar.Ring()),
+        ("p2p", {"exchange": "direct"}, seqpar.Ring("direct")),
+        ("p2p", {"schedule": "ulysses"}, "ulysses"),
+        ("all_gather", {}, "allgather"),
+        ("a2a", {"schedule": "ulysses"}, "ulysses"),
+        ("a2a+p2p", {}, seqpar.Ulysses(degree=2)),
+        ("p2p", {"schedule": "double_ring"}, seqpar.DoubleRing(degree=2)),
+        ("p2p", {"schedule": "hybrid", "degree": 4}, seqpar.Ulysses(degree=4)),
+    ],
+)
+def test_schedules_are_those_of_megatrons_flags(told: str | None, options: dict, schedule: object) -> None:
+    from seqpar.integrations.megatron import _schedule
+
+    config = jobs.config_of(jobs.Case("sizes", config={"hierarchical_context_parallel_sizes": [2, 4]}))
+    given = AttentionOptions(**options)
+    assert replace(given, **_schedule(given, told, config)).schedule_object == schedule
 
 
 def test_flags_and_yaml_say_the_same() -> None:

@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from seqpar.integrations import deepspeed, huggingface
@@ -79,6 +80,7 @@ def main() -> None:
         engine.step()
         if engine.global_rank == 0:
             print(f"micro-step {number} loss {loss.item():.4f}", flush=True)
+    dist.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if world > 1:
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

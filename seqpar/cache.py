@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,13 +15,12 @@ from . import tree
 from .functional import attention
 from .masks import Documents, Mask, check_int
 from .planning import Plan, fingerprint, plan
-from .ring import attend
 from .schedules import Schedule, Tree, node_size, resolve_schedule
-from .sections import Section
-from .stores import Appended, Store, limits
+from .shards import Rooms, Shard, Step, joined
+from .stores import Appended
 from .validation import HeadShape, check_scale
 
-CAPACITY, CHUNK, PAGE = 4096, 512, 64
+CAPACITY, CHUNK = 4096, 512
 
 
 class KVCache:
@@ -70,8 +68,6 @@ class KVCache:
     ) -> None:
         if not isinstance(mask, Mask):
             raise ValueError(f"mask: got {mask!r}, expected a mask such as seqpar.Causal()")
-        if mask.documents is not None:
-            raise ValueError(f"KVCache: got {mask!r}, expected a mask without documents; give each its own cache")
         shape = HeadShape.of(heads, head_dim, dtype)
         for name, value in (("heads", shape.heads), ("head_dim", shape.head_dim), ("dtype", dtype)):
             if value is None:
@@ -85,37 +81,16 @@ class KVCache:
         self.mask, self.world = mask, connect(group)
         self.heads, self.kv_heads = shape.heads
         self.capacity, self.batch, self.layers, self.chunk = capacity, batch, layers, chunk
-        mask.check(1, 1, self.kv_heads)
-        every = range(self.kv_heads)
-        self._groups = [each.among(every) for each in mask.groups(self.kv_heads)]
-        self.page = self._page(page)
         self.schedule = self._tree(schedule)
         self._levels = [x for x in self.world.split(node_size(self.schedule, self.world.size)) if x.size > 1]
-        self._stores, rows = [], 0
-        place, sizes = (self.world.rank, self.world.size), (capacity, min(chunk, capacity))
-        for number, each in enumerate(self._groups):
-            for part in each.parts:
-                if int(limits(part, torch.tensor(0))[1]) > 1:
-                    raise ValueError(
-                        f"KVCache: got {mask!r}, under which queries see later keys, expected a causal mask; write "
-                        "mask & seqpar.Causal()"
-                    )
-                store = Store.of(number, each, part, self.page, place, sizes, rows)
-                if store.rows:
-                    self._stores.append(store)
-                    rows += store.rows * len(store.heads)
-        self._k, self._v = (
-            [torch.zeros(batch, rows, 1, dim, dtype=dtype, device=device) for _ in range(layers)]
-            for dim in shape.head_dim
-        )
+        place = self.world.rank, self.world.size
+        rooms = Rooms(mask, self.kv_heads, capacity=capacity, chunk=chunk, place=place, page=page)
+        self.page, self._rooms = rooms.page, rooms
+        self._shard = Shard(rooms, head_dim=shape.head_dim, batch=batch, layers=layers, dtype=dtype, device=device)
         self._lengths = [[0] * batch for _ in range(layers)]
         self._written = [[0] * batch for _ in range(layers)]  # the longest that each text was since it was freed
         self._agreed = False
-        last = torch.tensor(capacity - 1)  # whatever rank this is
-        self._forgets = any(int(limits(part, last)[0]) > 0 for each in self._groups for part in each.parts)
         self._plans: WeakKeyDictionary[Plan, list[int]] = WeakKeyDictionary()
-        planned = partial(_step, tuple(self._stores), self.kv_heads, rows)
-        self._steps = lru_cache(maxsize=8)(planned)  # all layers take the same
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -130,13 +105,13 @@ class KVCache:
     @property
     def resident_bytes(self) -> int:
         """What this rank holds: its room for all layers and batch rows, whatever is in it."""
-        return sum(x.nbytes for x in (*self._k, *self._v))
+        return self._shard.nbytes
 
     def resident_pages(self, row: int = 0) -> list[int]:
         """How many pages of a batch row this rank keeps for each KV head that later queries can see."""
         length = self.lengths[row]
         seen = torch.zeros(self.kv_heads, -(-length // self.page), dtype=torch.bool)
-        for store in self._stores:
+        for store in self._rooms.stores:
             seen[store.heads.start : store.heads.stop] |= store.pages(length)
         return seen.sum(1).tolist()
 
@@ -173,7 +148,7 @@ class KVCache:
                 then as it was. At a text's first call on every rank, where the ranks' caches or calls differ.
         """
         rows, backend = self._admit(q, k, v, None, layer, counts, scale, sinks, kernel)
-        whole = _joined(self._append(q, k, v, layer, rows, scale, sinks, backend))
+        whole = joined(self._append(q, k, v, layer, rows, scale, sinks, backend))
         return tree.merged(self._levels, whole, q.dtype, self.schedule.merge, wants_lse=False)[0]
 
     def plan(
@@ -197,7 +172,7 @@ class KVCache:
             mask = mask & Documents([sorted({0, tokens - count, tokens}) for count in rows])
         made = plan(
             mask, length=tokens, group=self.world, layout=layout, schedule=resolved, heads=(self.heads, self.kv_heads),
-            head_dim=(self._k[0].shape[3], self._v[0].shape[3]), dtype=self._k[0].dtype,
+            head_dim=(self._shard.k[0].shape[3], self._shard.v[0].shape[3]), dtype=self._shard.k[0].dtype,
         )  # fmt: skip
         self._plans[made] = rows
         return made
@@ -231,7 +206,7 @@ class KVCache:
         out = None if meets else attention(q, k, v, plan, scale=scale, sinks=sinks, kernel=kernel)
         *queries, keys, values = to_heads(self.world, moved, dealt, "kv")
         partials = self._append(queries[0] if meets else None, keys, values, layer, rows, scale, sinks, backend)
-        return tree.merged_of_tokens(plan, _joined(partials), q.dtype)[0] if out is None else out
+        return tree.merged_of_tokens(plan, joined(partials), q.dtype)[0] if out is None else out
 
     def truncate(self, length: int | Sequence[int]) -> None:
         """Forget all but the first tokens of every row: of each row so many, where a list is given. On all ranks alike.
@@ -256,7 +231,7 @@ class KVCache:
                     raise ValueError(
                         f"length: got {n} for row {row}, expected at most {had}, its length in every layer"
                     )
-                if self._forgets and 0 < n < min(had, most - self.chunk):
+                if self._rooms.forgets and 0 < n < min(had, most - self.chunk):
                     raise ValueError(
                         f"length: got {n} for row {row} of {had} tokens, expected 0, or at least {most - self.chunk}: "
                         "the mask forgets keys, and those of more than the last chunk may be gone"
@@ -285,7 +260,7 @@ class KVCache:
             raise ValueError(f"rows: got {len(order)}, expected {self.batch}, whose text each row is to continue")
         changed = [row for row, source in enumerate(order) if row != source]
         sources = [order[row] for row in changed]
-        for x in (*self._k, *self._v):
+        for x in (*self._shard.k, *self._shard.v):
             x[changed] = x[sources]
         for values in (*self._lengths, *self._written):
             values[:] = [values[source] for source in order]
@@ -299,39 +274,28 @@ class KVCache:
         partials = []
         for new, some in self._cut(k.shape[1], counts):
             step = self._advance(layer, some, new.stop - new.start)
-            for into, x in ((self._k[layer], k[:, new]), (self._v[layer], v[:, new])):
-                taken, put = step.moves_on(x.device)
-                into.view(-1, x.shape[3]).index_copy_(0, put, x.reshape(-1, x.shape[3]).index_select(0, taken))
+            self._shard.write(layer, step, k[:, new], v[:, new])
             if q is not None:
-                there = [(step.sections, (self._k[layer], self._v[layer]))]
                 mine = sinks if self.world.rank == 0 else None
                 factor = q.shape[3] ** -0.5 if scale is None else scale
-                found = attend(self._groups, there, q[:, new], self.kv_heads, v.shape[3], mine, factor, backend)
+                found = self._shard.attend(layer, step, q[:, new], scale=factor, kernel=backend, sinks=mine)
                 partials.append(found)
         return partials
 
     def _cut(self, tokens: int, counts: Sequence[int]) -> list[tuple[slice, tuple[int, ...]]]:
         """Slices of the tokens, and how many of each every row appends."""
-        size = self.chunk if self._forgets else tokens
+        size = self.chunk if self._rooms.forgets else tokens
         cuts = []
         for first in range(0, tokens, size):
             end = min(first + size, tokens)
             cuts.append((slice(first, end), tuple(max(0, end - max(first, tokens - count)) for count in counts)))
         return cuts
 
-    def _advance(self, layer: int, counts: Sequence[int], tokens: int) -> _Step:
+    def _advance(self, layer: int, counts: Sequence[int], tokens: int) -> Step:
         lengths, written = self._lengths[layer], self._written[layer]
         lengths[:] = [length + count for length, count in zip(lengths, counts, strict=True)]
         written[:] = [max(pair) for pair in zip(written, lengths, strict=True)]
-        return self._steps(tuple(map(Appended, lengths, counts)), tokens)
-
-    def _page(self, page: int | None) -> int:
-        blocks = {part.stripes.block for group in self._groups for part in group.parts if part.stripes is not None}
-        (found,) = blocks or {PAGE if page is None else page}
-        if page is not None and page != found:
-            raise ValueError(f"page: got {page}, expected {found}, the mask's block; leave it out")
-        check_int("page", found, least=1, remedy="it is a number of tokens")
-        return found
+        return self._rooms.step(tuple(map(Appended, lengths, counts)), tokens)
 
     def _tree(self, schedule: str | Tree) -> Tree:
         found = resolve_schedule(schedule, self.world.inside)
@@ -372,8 +336,8 @@ class KVCache:
         return {
             "mask": fingerprint(self.mask),
             "heads": (self.heads, self.kv_heads),
-            "head_dim": (self._k[0].shape[3], self._v[0].shape[3]),
-            "dtype": self._k[0].dtype,
+            "head_dim": (self._shard.k[0].shape[3], self._shard.v[0].shape[3]),
+            "dtype": self._shard.k[0].dtype,
             "capacity": (self.capacity, self.page, self.chunk),
             "batch and layers": (self.batch, self.layers),
             "schedule": self.schedule,
@@ -393,7 +357,7 @@ class KVCache:
                 "it under torch.no_grad()"
             )
         check_scale(scale)
-        own, tokens, least = self._k[layer], q.shape[1] if q.dim() == 4 else 0, "at least one, "
+        own, tokens, least = self._shard.k[layer], q.shape[1] if q.dim() == 4 else 0, "at least one, "
         if plan is not None:
             if plan not in self._plans:
                 raise ValueError(f"plan: got {plan!r}, expected one that this cache's plan() made")
@@ -406,7 +370,7 @@ class KVCache:
         for name, x, heads, width in (
             ("q", q, self.heads, own.shape[3]),
             ("k", k, self.kv_heads, own.shape[3]),
-            ("v", v, self.kv_heads, self._v[layer].shape[3]),
+            ("v", v, self.kv_heads, self._shard.v[layer].shape[3]),
         ):
             if tuple(x.shape) != (self.batch, tokens, heads, width) or not (tokens or plan):
                 expected = f"[{self.batch}, tokens, {heads}, {width}], of as many tokens, {least}in q, k and v"
@@ -444,39 +408,3 @@ class KVCache:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _joined(partials: Sequence[Partial]) -> Partial:
-    """Of tokens one after another."""
-    if len(partials) == 1:
-        return partials[0]
-    return Partial(torch.cat([p.out for p in partials], 1), torch.cat([p.lse for p in partials], -1))
-
-
-class _Step:
-    """What every layer does with new tokens: which rows of k and v go where, and the kernel calls."""
-
-    def __init__(self, sections: tuple[Section, ...], taken: Tensor, put: Tensor) -> None:
-        self.sections = sections
-        self._moves = {taken.device: (taken, put)}
-
-    def moves_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows of one head each: of all new tokens, and of the cache; int64."""
-        if device not in self._moves:
-            taken, put = self._moves[torch.device("cpu")]
-            self._moves[device] = taken.to(device), put.to(device)
-        return self._moves[device]
-
-
-def _step(stores: Sequence[Store], kv_heads: int, rows: int, appended: tuple[Appended, ...], tokens: int) -> _Step:
-    """The step of a cache of so many rows: each batch row's new tokens are the last of ``tokens``."""
-    taken, put = [], []
-    for number, row in enumerate(appended):
-        for store in stores:
-            token, head, into = store.writes(row)
-            first = number * tokens + tokens - row.new
-            taken.append((first + token) * kv_heads + head)
-            put.append(number * rows + into)
-    sections = [section for store in stores for section in store.sections(appended, tokens)]
-    none = torch.zeros(0, dtype=torch.int64)
-    return _Step(tuple(sections), torch.cat([none, *taken]), torch.cat([none, *put]))

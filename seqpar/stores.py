@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .sections import Section
 from .selections import Consecutive
 
 NEVER = 1 << 40  # a position that no text reaches
+Among = Literal["all", "old", "new"]
+"""Of the keys: all, those before a step's new tokens, or those of the new tokens."""
 
 
 class Appended(NamedTuple):
@@ -96,8 +98,8 @@ class Store:
         row = self.mine.count_in_one(positions)[head, token] % self.rows
         return token, head + self.heads.start, self.first + head * self.rows + row
 
-    def sections(self, appended: Sequence[Appended], tokens: int) -> list[Section]:
-        """The kernel calls of the new tokens' queries, the last of ``tokens`` in each batch row.
+    def sections(self, appended: Sequence[Appended], tokens: int, among: Among = "all") -> list[Section]:
+        """The kernel calls of the new tokens' queries, the last of ``tokens`` in each batch row, over some of the keys.
 
         Two where what they see begins in rows before the end of the room and goes on at its start.
         """
@@ -108,7 +110,12 @@ class Store:
             if count:
                 queries = torch.arange(length - count, length)
                 bounds = (x[0] for x in self.part.mask.intervals(queries, length, length))
-                start[row, :, -count:], end[row, :, -count:] = (self.mine.count_in_one(x)[:heads] for x in bounds)
+                counted = (self.mine.count_in_one(x)[:heads] for x in bounds)
+                if among != "all":
+                    turning = self.mine.count_in_one(torch.tensor(length - count))[:heads].unsqueeze(1)
+                    clip = torch.minimum if among == "old" else torch.maximum
+                    counted = (clip(x, turning) for x in counted)
+                start[row, :, -count:], end[row, :, -count:] = counted
         base = start.masked_fill(end <= start, NEVER).amin(2, keepdim=True)
         base = base.masked_fill_(base == NEVER, 0)
         turn = (base.div(self.rows, rounding_mode="floor") + 1) * self.rows  # from here on rows are counted anew

@@ -31,14 +31,15 @@ class ShardedCache(Cache):
         """``options``: of :class:`seqpar.KVCache`, for all layers alike."""
         world = seqpar.comm.connect(group)
         self.world, self.batch, self.chunk = world, batch, chunk
-        self.caches = {
-            mask: seqpar.KVCache(mask, layers=masks.count(mask), batch=batch, group=world, **options)
-            for mask in dict.fromkeys(masks)
-        }
+        self.caches = {mask: self._cache(mask, layers=masks.count(mask), **options) for mask in dict.fromkeys(masks)}
         self._layers = [(self.caches[mask], masks[:number].count(mask)) for number, mask in enumerate(masks)]
         self._seen = 0  # tokens of a row, with its padding
         self._counts: list[int] = []  # new tokens of each row in the step under way
         super().__init__(layers=[_Layer(self, number) for number in range(len(masks))])
+
+    def _cache(self, mask: seqpar.Mask, **options: Any) -> seqpar.KVCache:
+        """Of the layers that have this mask."""
+        return seqpar.KVCache(mask, batch=self.batch, group=self.world, **options)
 
     @property
     def resident_bytes(self) -> int:
@@ -197,22 +198,28 @@ def prefill(
             f"prefill: got a prompt of {longest} tokens, expected at most {cache.capacity}, the cache's capacity; make "
             "it with a larger capacity"
         )
-    padding = (mask == 0).sum(1, keepdim=True)
-    decoder = model.get_decoder()
     first, chunk = cache._seen, max(cache.chunk, world.size)
     while total - 1 - first >= world.size:  # the last token's logits are wanted, and few tokens are not worth sharing
         count = min(chunk, total - 1 - first)
-        new = mask[:, first : first + count].sum(1).tolist()
-        plans = {m: c.plan(count, counts=new, layout=layout, schedule=schedule) for m, c in cache.caches.items()}
-        some = next(iter(plans.values()))
-        position = some.queries.tensor.to(input_ids.device) + first
-        decoder(
-            input_ids=some.shard(input_ids[:, first : first + count]),
-            position_ids=(position - padding).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            seqpar_plan=[plans[cache.room_of(layer)[0]] for layer in range(len(cache.layers))],
-        )
+        read(model.get_decoder(), input_ids, mask, cache, slice(first, first + count), schedule, layout)
         first += count
         if progress is not None:
             progress(first, total)
+
+
+def read(
+    decoder: Any, input_ids: Tensor, mask: Tensor, cache: ShardedCache, chunk: slice, schedule: Any, layout: str
+) -> None:  # fmt: skip
+    """Put a chunk of the tokens ``[B, T]``, padded on the left where ``mask`` is 0, into a cache."""
+    first, count = chunk.start, chunk.stop - chunk.start
+    new = mask[:, chunk].sum(1).tolist()
+    plans = {m: c.plan(count, counts=new, layout=layout, schedule=schedule) for m, c in cache.caches.items()}
+    some = next(iter(plans.values()))
+    position = some.queries.tensor.to(input_ids.device) + first - (mask == 0).sum(1, keepdim=True)
+    decoder(
+        input_ids=some.shard(input_ids[:, chunk]),
+        position_ids=position.clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        seqpar_plan=[plans[cache.room_of(layer)[0]] for layer in range(len(cache.layers))],
+    )

@@ -17,7 +17,7 @@ To generate, `model.generate` takes a cache that is spread over ranks, and no pl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ from seqpar.validation import ATTENTION, agree_once
 from .model_config import check_layers, heads_of, masks_of
 
 if TYPE_CHECKING:
+    from seqpar.offload import Placement, Workers
+
     from .generation import ShardedCache
+    from .offload import OffloadedGeneration
     from .options import AttentionOptions
     from .sharded_calls import ShardedCalls
 
@@ -115,21 +118,60 @@ def sharded_cache(
     """
     from .generation import ShardedCache
 
+    masks, shape = _layers_of(model, masks, shared=seqpar.comm.connect(group).size > 1)
+    return ShardedCache(masks, group, batch, chunk, capacity=capacity, page=page, **shape)
+
+
+def offloaded_cache(
+    model: Any,
+    workers: Workers,
+    *,
+    capacity: int,
+    batch: int = 1,
+    placement: Placement | None = None,
+    loss: Literal["fail", "recompute"] = "fail",
+    masks: Sequence[seqpar.Mask] | None = None,
+    chunk: int = 4096,
+    page: int | None = None,
+) -> OffloadedGeneration:
+    """A cache for `model.generate(past_key_values=...)` on attention workers; `prefill` fills it too.
+
+        with seqpar.offload.Workers.join("host:29600") as workers:
+            cache = offloaded_cache(model, workers, capacity=100_000)
+            prefill(model, tokens, cache, schedule="ring")
+            model.generate(tokens, past_key_values=cache, max_new_tokens=200)
+
+    workers, placement: see :class:`seqpar.offload.OffloadedCache`. loss: what to do when a worker is lost: raise
+    :class:`seqpar.offload.WorkerLost`, or rebuild from the tokens what it held, on the workers that are left, and go
+    on. capacity, batch, masks, chunk, page: as for `sharded_cache`; the batch is this rank's own.
+    """
+    from . import offload
+
+    if loss not in ("fail", "recompute"):
+        raise ValueError(f"loss: got {loss!r}, expected 'fail' or 'recompute'")
+    masks, shape = _layers_of(model, masks, shared=False)
+    offload.guard(model)
+    return offload.OffloadedGeneration(
+        masks, workers, placement or offload.Placement(), batch, chunk, recompute=loss == "recompute",
+        capacity=capacity, page=page, **shape,
+    )  # fmt: skip
+
+
+def _layers_of(
+    model: Any, masks: Sequence[seqpar.Mask] | None, *, shared: bool
+) -> tuple[list[seqpar.Mask], dict[str, Any]]:  # fmt: skip
+    """The mask of each layer, and what a cache holds. Raises ValueError for a model that can't be taken over."""
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "_attn_implementation", None) != NAME:
         raise ValueError(
-            f"sharded_cache: got a model with attn_implementation={config._attn_implementation!r}, expected {NAME!r}; "
+            f"cache: got a model with attn_implementation={config._attn_implementation!r}, expected {NAME!r}; "
             f"load it with attn_implementation={NAME!r}, after register()"
         )
-    layers = config.num_hidden_layers
-    check_layers(config, shared=seqpar.comm.connect(group).size > 1)
+    check_layers(config, shared=shared)
     masks = masks_of(config) if masks is None else list(masks)
-    if len(masks) != layers:
-        raise ValueError(f"masks: got {len(masks)}, expected {layers}, one for each layer")
-    return ShardedCache(
-        masks, group, batch, chunk, **heads_of(config), capacity=capacity, dtype=model.dtype, device=model.device,
-        page=page,
-    )  # fmt: skip
+    if len(masks) != config.num_hidden_layers:
+        raise ValueError(f"masks: got {len(masks)}, expected {config.num_hidden_layers}, one for each layer")
+    return masks, {**heads_of(config), "dtype": model.dtype, "device": model.device}
 
 
 def prefill(

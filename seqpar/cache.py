@@ -16,7 +16,7 @@ from .functional import attention
 from .masks import Documents, Mask, check_int
 from .planning import Plan, fingerprint, plan
 from .schedules import Schedule, Tree, node_size, resolve_schedule
-from .shards import Rooms, Shard, Step, joined
+from .shards import Memory, Rooms, Shard, Step, joined
 from .stores import Appended
 from .validation import HeadShape, check_scale
 
@@ -86,7 +86,8 @@ class KVCache:
         place = self.world.rank, self.world.size
         rooms = Rooms(mask, self.kv_heads, capacity=capacity, chunk=chunk, place=place, page=page)
         self.page, self._rooms = rooms.page, rooms
-        self._shard = Shard(rooms, head_dim=shape.head_dim, batch=batch, layers=layers, dtype=dtype, device=device)
+        self._head_dim, self._dtype, self._device = shape.head_dim, dtype, torch.device(device)
+        self._shard = self._take_memory()
         self._lengths = [[0] * batch for _ in range(layers)]
         self._written = [[0] * batch for _ in range(layers)]  # the longest that each text was since it was freed
         self._agreed = False
@@ -172,7 +173,7 @@ class KVCache:
             mask = mask & Documents([sorted({0, tokens - count, tokens}) for count in rows])
         made = plan(
             mask, length=tokens, group=self.world, layout=layout, schedule=resolved, heads=(self.heads, self.kv_heads),
-            head_dim=(self._shard.k[0].shape[3], self._shard.v[0].shape[3]), dtype=self._shard.k[0].dtype,
+            head_dim=self._head_dim, dtype=self._dtype,
         )  # fmt: skip
         self._plans[made] = rows
         return made
@@ -218,6 +219,7 @@ class KVCache:
         for lengths, written in zip(self._lengths, self._written, strict=True):
             lengths[:] = wanted
             written[:] = [most if n else 0 for n, most in zip(wanted, written, strict=True)]
+        self._shard.truncate(wanted)
         self._agreed = False
 
     def check_truncate(self, length: int | Sequence[int]) -> list[int]:
@@ -240,9 +242,10 @@ class KVCache:
 
     def free(self, rows: Iterable[int] | None = None) -> None:
         """Forget the texts of some rows, or of all, which may then begin anew. On all ranks alike."""
-        for row in range(self.batch) if rows is None else self._rows(rows):
-            for layer in range(self.layers):
-                self._lengths[layer][row] = self._written[layer][row] = 0
+        freed = set(range(self.batch) if rows is None else self._rows(rows))
+        for values in (*self._lengths, *self._written):
+            values[:] = [0 if row in freed else n for row, n in enumerate(values)]
+        self._shard.truncate([0 if row in freed else None for row in range(self.batch)])
         self._agreed = False
 
     def fork(self, row: int, into: int | Sequence[int]) -> None:
@@ -260,11 +263,16 @@ class KVCache:
             raise ValueError(f"rows: got {len(order)}, expected {self.batch}, whose text each row is to continue")
         changed = [row for row, source in enumerate(order) if row != source]
         sources = [order[row] for row in changed]
-        for x in (*self._shard.k, *self._shard.v):
-            x[changed] = x[sources]
+        self._shard.reorder(changed, sources)
         for values in (*self._lengths, *self._written):
             values[:] = [values[source] for source in order]
         self._agreed = False
+
+    def _take_memory(self) -> Memory:
+        return Shard(
+            self._rooms, head_dim=self._head_dim, batch=self.batch, layers=self.layers, dtype=self._dtype,
+            device=self._device,
+        )  # fmt: skip
 
     def _append(
         self, q: Tensor | None, k: Tensor, v: Tensor, layer: int, counts: Sequence[int], scale: float | None,
@@ -274,11 +282,13 @@ class KVCache:
         partials = []
         for new, some in self._cut(k.shape[1], counts):
             step = self._advance(layer, some, new.stop - new.start)
-            self._shard.write(layer, step, k[:, new], v[:, new])
-            if q is not None:
-                mine = sinks if self.world.rank == 0 else None
-                factor = q.shape[3] ** -0.5 if scale is None else scale
-                found = self._shard.attend(layer, step, q[:, new], scale=factor, kernel=backend, sinks=mine)
+            mine = sinks if self.world.rank == 0 else None
+            factor = k.shape[3] ** -0.5 if scale is None else scale
+            queries = None if q is None else q[:, new]
+            found = self._shard.take(
+                layer, step, queries, k[:, new], v[:, new], scale=factor, kernel=backend, sinks=mine
+            )
+            if found is not None:
                 partials.append(found)
         return partials
 
@@ -336,8 +346,8 @@ class KVCache:
         return {
             "mask": fingerprint(self.mask),
             "heads": (self.heads, self.kv_heads),
-            "head_dim": (self._shard.k[0].shape[3], self._shard.v[0].shape[3]),
-            "dtype": self._shard.k[0].dtype,
+            "head_dim": self._head_dim,
+            "dtype": self._dtype,
             "capacity": (self.capacity, self.page, self.chunk),
             "batch and layers": (self.batch, self.layers),
             "schedule": self.schedule,
@@ -357,7 +367,7 @@ class KVCache:
                 "it under torch.no_grad()"
             )
         check_scale(scale)
-        own, tokens, least = self._shard.k[layer], q.shape[1] if q.dim() == 4 else 0, "at least one, "
+        tokens, least = q.shape[1] if q.dim() == 4 else 0, "at least one, "
         if plan is not None:
             if plan not in self._plans:
                 raise ValueError(f"plan: got {plan!r}, expected one that this cache's plan() made")
@@ -368,22 +378,22 @@ class KVCache:
                 )
             tokens, least = len(plan.queries), f"{len(plan.queries)} of this rank's, "
         for name, x, heads, width in (
-            ("q", q, self.heads, own.shape[3]),
-            ("k", k, self.kv_heads, own.shape[3]),
-            ("v", v, self.kv_heads, self._shard.v[layer].shape[3]),
+            ("q", q, self.heads, self._head_dim[0]),
+            ("k", k, self.kv_heads, self._head_dim[0]),
+            ("v", v, self.kv_heads, self._head_dim[1]),
         ):
             if tuple(x.shape) != (self.batch, tokens, heads, width) or not (tokens or plan):
                 expected = f"[{self.batch}, tokens, {heads}, {width}], of as many tokens, {least}in q, k and v"
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
-            if x.dtype != own.dtype or x.device != own.device:
+            if x.dtype != self._dtype or x.device != self._device:
                 raise ValueError(
-                    f"{name}: got {x.dtype} on {x.device}, expected the cache's {own.dtype} on {own.device}"
+                    f"{name}: got {x.dtype} on {x.device}, expected the cache's {self._dtype} on {self._device}"
                 )
         if sinks is not None and (
-            tuple(sinks.shape) != (self.heads,) or not sinks.is_floating_point() or sinks.device != own.device
+            tuple(sinks.shape) != (self.heads,) or not sinks.is_floating_point() or sinks.device != self._device
         ):
             got = f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
-            raise ValueError(f"sinks: got {got}, expected a floating [{self.heads}] on {own.device}")
+            raise ValueError(f"sinks: got {got}, expected a floating [{self.heads}] on {self._device}")
         tokens = tokens if plan is None else plan.length
         rows = self._counted(counts, tokens) if plan is None else self._plans[plan]
         self._check_room(rows, self._lengths[layer])

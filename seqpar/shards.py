@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy
 import torch
@@ -125,6 +126,26 @@ class Step:
         return self._moves[device]
 
 
+class Memory(Protocol):
+    """Where a cache's keys and values are: here (:class:`Shard`), or elsewhere."""
+
+    @property
+    def nbytes(self) -> int:
+        """What this process holds, of all layers and batch rows."""
+
+    def take(
+        self, layer: int, step: Step, q: Tensor | None, k: Tensor, v: Tensor, *, scale: float, kernel: Kernel,
+        sinks: Tensor | None,
+    ) -> Partial | None:  # fmt: skip
+        """Keep the new tokens' ``k [B, T, Hkv, D]`` and ``v``, and attend with their ``q [B, T, H, D]``, if any."""
+
+    def truncate(self, lengths: Sequence[int | None]) -> None:
+        """Each row's text is so long now (None: as before); what follows will be written again."""
+
+    def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Give each of these rows what another has."""
+
+
 class Shard:
     """The memory of :class:`Rooms`, for some layers and batch rows, and attention over what is in it.
 
@@ -134,18 +155,33 @@ class Shard:
 
     def __init__(
         self, rooms: Rooms, *, head_dim: tuple[int, int], batch: int, layers: int, dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device,
     ) -> None:  # fmt: skip
         self.rooms = rooms
         self.k, self.v = (
-            [_zeros((batch, rooms.rows, 1, dim), dtype, torch.device(device)) for _ in range(layers)]
-            for dim in head_dim
+            [_zeros((batch, rooms.rows, 1, dim), dtype, device) for _ in range(layers)] for dim in head_dim
         )
 
     @property
     def nbytes(self) -> int:
         """Of all layers and batch rows."""
         return sum(x.nbytes for x in (*self.k, *self.v))
+
+    def take(
+        self, layer: int, step: Step, q: Tensor | None, k: Tensor, v: Tensor, *, scale: float, kernel: Kernel,
+        sinks: Tensor | None,
+    ) -> Partial | None:  # fmt: skip
+        """See :meth:`Memory.take`."""
+        self.write(layer, step, k, v)
+        return None if q is None else self.attend(layer, step, q, scale=scale, kernel=kernel, sinks=sinks)
+
+    def truncate(self, lengths: Sequence[int | None]) -> None:
+        """Nothing: a step says how long texts are."""
+
+    def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """See :meth:`Memory.reorder`."""
+        for x in (*self.k, *self.v):
+            x[rows] = x[sources]
 
     def write(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Put the new tokens' ``k [B, T, heads, D]`` and ``v`` where they belong; what isn't kept here is not read."""

@@ -1,0 +1,162 @@
+"""transformers' ``generate`` with its key-value cache on attention workers, and on with the same text after a loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import seqpar
+from seqpar.offload import Ledger, OffloadedCache, Placement, WorkerLost, Workers
+
+from .generation import ShardedCache, read
+
+_GUARDED = "_seqpar_guarded"
+
+
+class Moment(NamedTuple):
+    """How far a generation is, between two steps: each cache's lengths, and the tokens of a row with its padding."""
+
+    lengths: dict[seqpar.Mask, tuple[int, ...]]
+    seen: int
+
+
+class OffloadedGeneration(ShardedCache):
+    """What ``model.generate(past_key_values=...)`` takes: an :class:`OffloadedCache` for each mask of the layers.
+
+    Made by :func:`seqpar.integrations.huggingface.offloaded_cache`. With ``recompute`` it keeps the tokens, and when a
+    worker is lost in a call of the model, rebuilds what that held on those that are left and repeats the call.
+
+    Attributes:
+        losses: the workers that were lost and made up for.
+    """
+
+    def __init__(
+        self, masks: Sequence[seqpar.Mask], workers: Workers, placement: Placement, batch: int, chunk: int,
+        *, recompute: bool, **options: Any,
+    ) -> None:  # fmt: skip
+        self.workers, self.placement, self.recompute = workers, placement, recompute
+        self.losses: list[WorkerLost] = []
+        self._tokens: list[list[int]] = [[] for _ in range(batch)]
+        super().__init__(masks, None, batch, chunk, **options)
+
+    def _cache(self, mask: seqpar.Mask, **options: Any) -> OffloadedCache:
+        return OffloadedCache(
+            mask, workers=self.workers, placement=self.placement, batch=self.batch, **options
+        )  # fmt: skip
+
+    @property
+    def offloaded(self) -> list[OffloadedCache]:
+        """The caches of all masks."""
+        return [cache for cache in self.caches.values() if isinstance(cache, OffloadedCache)]
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds what; ``print`` it."""
+        return Ledger(tuple(line for cache in self.offloaded for line in cache.ledger.lines))
+
+    def migrate(self, sequence: int, to: int | None) -> None:
+        """Move a sequence to another worker, or here (None), between two steps."""
+        for cache in self.offloaded:
+            cache.migrate(sequence, to)
+
+    def release(self) -> None:
+        """Have the workers free all of it."""
+        for cache in self.offloaded:
+            cache.release()
+
+    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of the decoder: done in full, or a :class:`WorkerLost` after which nothing of it is visible."""
+        self._leave()
+        before = Moment({mask: cache.lengths for mask, cache in self.caches.items()}, self._seen)
+        while True:
+            try:
+                found = forward(*args, **kwargs)
+                break
+            except WorkerLost as loss:
+                if not self.recompute:
+                    raise
+                self.losses.append(loss)
+                self._rebuild(forward, before)
+        if self.recompute:
+            self._remember(kwargs.get("input_ids", args[0] if args else None), before)
+        return found
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See :meth:`ShardedCache.crop`."""
+        super().crop(tokens_to_remove)
+        self._tokens = [row[:length] for row, length in zip(self._tokens, self._lengths(), strict=True)]
+
+    def reset(self) -> None:
+        """See :meth:`ShardedCache.reset`."""
+        super().reset()
+        self._tokens = [[] for _ in range(self.batch)]
+
+    def _lengths(self) -> tuple[int, ...]:
+        return next(iter(self.caches.values())).lengths
+
+    def _leave(self) -> None:
+        """Move everything off workers that are about to end."""
+        for number, member in self.workers.alive.items():
+            if member.leaving and len(self.workers.alive) > 1 and member.holds:
+                for cache in self.offloaded:
+                    cache.leave(number)
+
+    def _remember(self, input_ids: Tensor | None, before: Moment) -> None:
+        if input_ids is None:
+            raise ValueError("offloaded cache: got inputs_embeds, expected input_ids, of which a loss is rebuilt")
+        had = next(iter(before.lengths.values()))
+        for row, (tokens, was, now) in enumerate(zip(input_ids.tolist(), had, self._lengths(), strict=True)):
+            self._tokens[row] += tokens[len(tokens) - (now - was) :]
+
+    def _rebuild(self, forward: Callable[..., Any], before: Moment) -> None:
+        """As it was before the call, with what was lost on other workers. Raises WorkerLost where none is left."""
+        while True:
+            rows = sorted({row for cache in self.offloaded for row in cache.lost_rows()})
+            try:
+                for mask, cache in self.caches.items():
+                    if isinstance(cache, OffloadedCache):
+                        cache.restore(before.lengths[mask], rows)
+                self._read_again(forward, rows)
+                break
+            except WorkerLost as loss:
+                if not self.workers.alive:
+                    raise
+                self.losses.append(loss)
+        self._seen = before.seen
+
+    @torch.no_grad()
+    def _read_again(self, forward: Callable[..., Any], rows: Sequence[int]) -> None:
+        longest = max((len(self._tokens[row]) for row in rows), default=0)
+        tokens = torch.zeros(self.batch, longest, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row in rows:
+            if self._tokens[row]:
+                tokens[row, -len(self._tokens[row]) :] = torch.tensor(self._tokens[row])
+                mask[row, -len(self._tokens[row]) :] = 1
+        device = self.offloaded[0]._device
+        tokens, mask = tokens.to(device), mask.to(device)
+        for first in range(0, longest, self.chunk):
+            chunk = slice(first, min(first + self.chunk, longest))
+            read(forward, tokens, mask, self, chunk, schedule="ring", layout="contiguous")
+
+
+def guard(model: Any) -> None:
+    """Let calls of the model with an :class:`OffloadedGeneration` go through it; others are as before."""
+    decoder = model.get_decoder()
+    if getattr(decoder, _GUARDED, False):
+        return
+    inner = decoder.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, OffloadedGeneration):
+            return cache.call(inner, *args, **kwargs)
+        return inner(*args, **kwargs)
+
+    decoder.forward = forward
+    setattr(decoder, _GUARDED, True)

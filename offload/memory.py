@@ -1,0 +1,357 @@
+"""Keys and values of growing texts on attention workers: where a cache's memory is when it is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqpar.kernels import Kernel, Partial, accumulator_dtype, merge_
+from seqpar.masks import Mask
+from seqpar.shards import Rooms, Shard, Step
+from seqpar.stores import Appended
+
+from .dialect import DTYPES, STREAMS, WANTS_LSE, bits_of, cut
+from .frames import Kind
+from .mask_text import to_text
+from .placement import LOCAL, Cut, Held, Placement, assign
+from .workers import Member, Workers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a cache holds: as for :class:`seqpar.KVCache`."""
+
+    mask: Mask
+    heads: tuple[int, int]
+    head_dim: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    capacity: int
+    chunk: int
+    page: int | None
+    batch: int
+    layers: int
+
+    def rooms(self, part: Cut) -> Rooms:
+        """Of a part of one sequence."""
+        return Rooms(
+            self.mask, self.heads[1], heads=part.heads, place=(part.segment, part.segments), capacity=self.capacity,
+            chunk=self.chunk, page=self.page,
+        )  # fmt: skip
+
+    def bytes_of(self, rooms: Rooms) -> int:
+        """What a part of one sequence takes, of all layers."""
+        return rooms.rows * sum(self.head_dim) * self.dtype.itemsize * self.layers
+
+
+@dataclass(eq=False)
+class Part:
+    """Part of a sequence (a batch row), and who has it: a worker's number and its shard's, or this rank's shard."""
+
+    row: int
+    cut: Cut
+    rooms: Rooms
+    queries: slice
+    holder: int
+    shard: int = -1
+    here: Shard | None = None
+
+
+class RemoteMemory:
+    """A :class:`seqpar.shards.Memory` whose parts are on workers, and some perhaps here."""
+
+    def __init__(self, shape: Shape, workers: Workers, placement: Placement) -> None:
+        self.shape, self.workers = shape, workers
+        cuts = placement.cuts(shape.heads[1], len(workers.alive))
+        rooms = {each: shape.rooms(each) for each in cuts}
+        group = shape.heads[0] // shape.heads[1]
+        self.parts = [
+            Part(row, each, rooms[each], slice(each.heads.start * group, each.heads.stop * group), LOCAL)
+            for row in range(shape.batch)
+            for each in cuts
+        ]
+        self._is_partial = placement.segments > 1
+        stay = [part for part in self.parts if cuts.index(part.cut) < placement.local]
+        for part in stay:
+            part.here = self._shard(part)
+        self.place([part for part in self.parts if part not in stay])
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank holds itself."""
+        return sum(part.here.nbytes for part in self.parts if part.here is not None)
+
+    def place(self, parts: Sequence[Part]) -> None:
+        """Find workers for these parts, and open them there, empty: where memory is free, all of them or none."""
+        free, found = self.workers.free(), list[tuple[Part, int]]()
+        for row in dict.fromkeys(part.row for part in parts):
+            mine = [part for part in parts if part.row == row]
+            others = [part.holder for part in self.parts if part.row == row and part not in mine]
+            taken = {number: others.count(number) for number in free}
+            for part, number in zip(mine, assign([self.size(p) for p in mine], free, taken), strict=True):
+                free[number] -= self.size(part)
+                found.append((part, number))
+        self._open(found, length=0)
+
+    def _open(self, found: Sequence[tuple[Part, int]], length: int) -> None:
+        opened = list[tuple[Member, list[int]]]()
+        try:
+            for number in dict.fromkeys(number for _, number in found):
+                member, mine = self.workers.alive[number], [part for part, n in found if n == number]
+                ids = range(member.next_shard, member.next_shard + len(mine))
+                member.next_shard = ids.stop
+                member.ask(Kind.OPEN, text=self._told(mine, ids, length))
+                opened.append((member, list(ids)))
+        except Exception:
+            for member, numbers in opened:
+                if member.lost is None:
+                    member.ask(Kind.FREE, text={"shards": numbers})
+            raise
+        for (member, ids), number in zip(opened, dict.fromkeys(number for _, number in found), strict=True):
+            for part, shard in zip([part for part, n in found if n == number], ids, strict=True):
+                part.holder, part.shard, part.here = number, shard, None
+                member.holds.add(part.row)
+
+    def _told(self, parts: Sequence[Part], ids: Iterable[int], length: int) -> dict[str, Any]:
+        shape = self.shape
+        return {
+            "mask": to_text(shape.mask),
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "dtype": DTYPES[shape.dtype],
+            "capacity": shape.capacity,
+            "chunk": shape.chunk,
+            "page": parts[0].rooms.page,
+            "layers": shape.layers,
+            "length": length,
+            "shards": [
+                [shard, part.cut.heads.start, part.cut.heads.stop, part.cut.segment, part.cut.segments]
+                for part, shard in zip(parts, ids, strict=True)
+            ],
+        }
+
+    def take(
+        self, layer: int, step: Step, q: Tensor | None, k: Tensor, v: Tensor, *, scale: float, kernel: Kernel,
+        sinks: Tensor | None,
+    ) -> Partial | None:  # fmt: skip
+        """See :meth:`seqpar.shards.Memory.take`.
+
+        Queries leave first: workers attend to older keys while the new ones are on their way.
+        """
+        self._check_alive()
+        found = None
+        if q is not None:
+            found = Partial.empty(q, v.shape[3])
+            if sinks is not None:
+                found.lse.copy_(sinks.view(1, -1, 1).expand_as(found.lse))
+        for new, appended in cut(step.appended, step.tokens, self._most(q is not None)):
+            queries = None if q is None else q[:, new]
+            into = None if found is None else Partial(found.out[:, new], found.lse[:, :, new])
+            call = _Call(self, layer, appended, new.stop - new.start, self._is_partial or sinks is not None)
+            call.run(queries, k[:, new], v[:, new], scale, kernel, into)
+        return found
+
+    def truncate(self, lengths: Sequence[int | None]) -> None:
+        """See :meth:`seqpar.shards.Memory.truncate`."""
+        for member, parts in self.by_member():
+            chosen = [part for part in parts if lengths[part.row] is not None]
+            if chosen:
+                member.ask(
+                    Kind.TRUNCATE,
+                    text={"shards": [p.shard for p in chosen], "lengths": [lengths[p.row] for p in chosen]},
+                )
+
+    def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Refused: what is on workers stays with its sequence."""
+        if rows:
+            raise ValueError(
+                f"offloaded cache: got rows {list(rows)} that are to continue those of {list(sources)}, expected each "
+                "to continue its own text, as in greedy search and sampling; use one beam"
+            )
+
+    def by_member(self) -> list[tuple[Member, list[Part]]]:
+        """The workers that hold something, each with its parts in the order of rosters."""
+        found: dict[int, list[Part]] = {}
+        for part in self.parts:
+            if part.holder != LOCAL:
+                found.setdefault(part.holder, []).append(part)
+        return [(self.workers.members[number], parts) for number, parts in found.items()]
+
+    def ledger(self, lengths: Sequence[int]) -> list[Held]:
+        """Who holds what, of texts that are so long."""
+        shape, found = self.shape, list[Held]()
+        for part in self.parts:
+            name = "here" if part.holder == LOCAL else f"worker {self.workers.members[part.holder].name}"
+            length, cut = lengths[part.row], part.cut
+            tokens = len(part.rooms.used(length)) // max(1, len(cut.heads))
+            size = shape.bytes_of(part.rooms)
+            found.append(Held(part.row, shape.layers, cut.heads, cut.segment, cut.segments, name, tokens, size))
+        return found
+
+    def move(self, part: Part, to: int, length: int) -> None:
+        """Give a part of a text of so many tokens to another holder: it is there in full, or where it was."""
+        before = Part(**vars(part))
+        moved = Part(**vars(part))
+        if to == LOCAL:
+            moved.holder, moved.shard, moved.here = LOCAL, -1, self._shard(part)
+        else:
+            self._open([(moved, to)], length)
+        rows = part.rooms.used(length)
+        size = max(1, self._limit([before, moved]) // (sum(self.shape.head_dim) * self.shape.dtype.itemsize))
+        for layer in range(self.shape.layers):
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                self._write(moved, layer, first, some, *self._read(before, layer, first, some))
+        if to != LOCAL:
+            self.workers.members[to].ask(Kind.SYNC)  # it has them all
+        part.holder, part.shard, part.here = moved.holder, moved.shard, moved.here
+        if before.holder != LOCAL and self.workers.members[before.holder].lost is None:
+            self.workers.members[before.holder].ask(Kind.FREE, text={"shards": [before.shard]})
+            self._count_holds()
+
+    def release(self) -> None:
+        """Have living workers free everything."""
+        for member, parts in self.by_member():
+            if member.lost is None:
+                member.drain()
+                member.ask(Kind.FREE, text={"shards": [part.shard for part in parts]})
+        self.parts = []
+        self._count_holds()
+
+    def _read(self, part: Part, layer: int, first: int, rows: Tensor) -> list[Tensor]:
+        if part.here is not None:
+            return [x[layer][0, :, 0].index_select(0, rows.to(x[layer].device)) for x in (part.here.k, part.here.v)]
+        member = self.workers.members[part.holder]
+        frame = member.ask(Kind.FETCH, layer=layer, tokens=len(rows), roster=part.shard, argument=first)
+        return frame.tensors(*((len(rows), dim) for dim in self.shape.head_dim))
+
+    def _write(self, part: Part, layer: int, first: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        if part.here is not None:
+            for x, new in ((part.here.k, k), (part.here.v, v)):
+                x[layer][0, :, 0].index_copy_(0, rows.to(x[layer].device), new.to(x[layer].device))
+            return
+        member = self.workers.members[part.holder]
+        member.send(Kind.STORE, k, v, layer=layer, tokens=len(rows), roster=part.shard, argument=first)
+
+    def _check_alive(self) -> None:
+        """Nothing is sent to some of the workers where others are lost."""
+        for member, _ in self.by_member():
+            member.check()
+
+    def _count_holds(self) -> None:
+        for member in self.workers.members.values():
+            member.holds = {part.row for part in self.parts if part.holder == member.number}
+
+    def _shard(self, part: Part) -> Shard:
+        shape = self.shape
+        return Shard(
+            part.rooms, head_dim=shape.head_dim, batch=1, layers=shape.layers, dtype=shape.dtype, device=shape.device
+        )
+
+    def size(self, part: Part) -> int:
+        """Bytes that a part takes, of all layers."""
+        return self.shape.bytes_of(part.rooms)
+
+    def _limit(self, parts: Sequence[Part]) -> int:
+        """The most bytes to a frame, of those that hold these parts."""
+        members = [self.workers.members[part.holder] for part in parts if part.holder != LOCAL]
+        return min((member.channel.limit for member in members), default=1 << 30)
+
+    def _most(self, with_queries: bool) -> int:
+        """Tokens whose frames are within the limit, whichever way they go."""
+        shape, most = self.shape, [1 << 30]
+        accumulator = accumulator_dtype(shape.dtype).itemsize
+        for member, parts in self.by_member():
+            queries = sum(part.queries.stop - part.queries.start for part in parts)
+            keys = sum(len(part.cut.heads) for part in parts)
+            token = keys * sum(shape.head_dim) * shape.dtype.itemsize
+            if with_queries:
+                out = shape.head_dim[1] * shape.dtype.itemsize + accumulator
+                token = max(token, queries * max(out, shape.head_dim[0] * shape.dtype.itemsize))
+            most.append(max(1, member.channel.limit // token))
+        return min(most)
+
+
+class _Call:
+    """Attention of some new tokens in one layer, over all parts of all sequences."""
+
+    def __init__(
+        self, memory: RemoteMemory, layer: int, appended: tuple[Appended, ...], tokens: int, wants_lse: bool
+    ) -> None:  # fmt: skip
+        self.memory, self.layer, self.appended, self.tokens = memory, layer, appended, tokens
+        self.wants_lse = wants_lse
+        self.members = memory.by_member()
+        counts = tuple(row.new for row in appended)
+        self._uniform = all(count == tokens for count in counts)
+
+    def run(
+        self, q: Tensor | None, k: Tensor, v: Tensor, scale: float, kernel: Kernel, into: Partial | None
+    ) -> None:  # fmt: skip
+        """q ``[B, T, H, D]``, k and v ``[B, T, Hkv, D]``; what queries find is merged into ``into``."""
+        if q is not None:
+            flags = WANTS_LSE if self.wants_lse else 0
+            for member, parts in self.members:
+                pieces = [q[part.row, :, part.queries] for part in parts]
+                self._send(member, parts, Kind.ATTEND, pieces, replies=True, flags=flags, argument=bits_of(scale))
+        flags = STREAMS if q is None else 0
+        for member, parts in self.members:
+            pieces = [self._kept(part, x) for x in (k, v) for part in parts]
+            self._send(member, parts, Kind.APPEND, pieces, flags=flags)
+        for part in self.memory.parts:
+            if part.here is not None:
+                self._here(part, part.here, q, k, v, scale, kernel, into)
+        if into is not None:
+            for member, parts in self.members:
+                self._receive(member, parts, v.shape[3], into)
+
+    def _send(
+        self, member: Member, parts: Sequence[Part], kind: Kind, pieces: Sequence[Tensor], **fields: Any
+    ) -> None:  # fmt: skip
+        counts = None if self._uniform else tuple(self.appended[part.row].new for part in parts)
+        roster = member.roster(tuple(part.shard for part in parts), counts)
+        dtype = self.memory.shape.dtype
+        member.send(kind, *pieces, layer=self.layer, tokens=self.tokens, roster=roster, dtype=dtype, **fields)
+
+    def _kept(self, part: Part, x: Tensor) -> Tensor:
+        """The new tokens' rows ``[N, D]`` that are kept in a part, of one head each."""
+        appended = self.appended[part.row]
+        heads = slice(part.cut.heads.start, part.cut.heads.stop)
+        rows = x[part.row, self.tokens - appended.new :, heads].reshape(-1, x.shape[3])
+        kept = part.rooms.kept(appended)
+        return rows if len(kept) == len(rows) else rows.index_select(0, kept.to(x.device))
+
+    def _here(
+        self, part: Part, shard: Shard, q: Tensor | None, k: Tensor, v: Tensor, scale: float, kernel: Kernel,
+        into: Partial | None,
+    ) -> None:  # fmt: skip
+        row, heads = slice(part.row, part.row + 1), slice(part.cut.heads.start, part.cut.heads.stop)
+        step = part.rooms.step((self.appended[part.row],), self.tokens)
+        queries = None if q is None else q[row, :, part.queries]
+        mine = (x[row, :, heads] for x in (k, v))
+        found = shard.take(self.layer, step, queries, *mine, scale=scale, kernel=kernel, sinks=None)
+        if found is not None and into is not None:
+            merge_(_view(into, part), found.out, found.lse)
+
+    def _receive(self, member: Member, parts: Sequence[Part], value_dim: int, into: Partial) -> None:
+        heads, dtype = [part.queries.stop - part.queries.start for part in parts], self.memory.shape.dtype
+        shapes: list[tuple[int, ...]] = [(self.tokens, n, value_dim) for n in heads]
+        accumulator = accumulator_dtype(dtype)
+        if self.wants_lse:
+            shapes += [(n, self.tokens * accumulator.itemsize // dtype.itemsize) for n in heads]
+        found = [x.to(into.out.device) for x in member.answer(Kind.RESULT, dtype, shapes)]
+        for number, part in enumerate(parts):
+            view = _view(into, part)
+            if self.wants_lse:
+                lse = found[len(parts) + number].clone().view(accumulator)  # a copy, where accumulators may stand
+                merge_(view, found[number].unsqueeze(0), lse.unsqueeze(0))
+            else:
+                view.out.copy_(found[number])
+
+
+def _view(into: Partial, part: Part) -> Partial:
+    row = slice(part.row, part.row + 1)
+    return Partial(into.out[row, :, part.queries], into.lse[row, part.queries])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class OffloadedGeneration(ShardedCache):
     @property
     def offloaded(self) -> list[OffloadedCache]:
         """The caches of all masks."""
-        return [cache for cache in self.caches.values() if isinstance(cache, OffloadedCache)]
+        return [cache for _, cache in self._offloaded()]
 
     @property
     def ledger(self) -> Ledger:
@@ -95,6 +95,11 @@ class OffloadedGeneration(ShardedCache):
         super().reset()
         self._tokens = [[] for _ in range(self.batch)]
 
+    def _offloaded(self) -> Iterator[tuple[seqpar.Mask, OffloadedCache]]:
+        for mask, cache in self.caches.items():
+            assert isinstance(cache, OffloadedCache), "made here"
+            yield mask, cache
+
     def _lengths(self) -> tuple[int, ...]:
         return next(iter(self.caches.values())).lengths
 
@@ -115,11 +120,11 @@ class OffloadedGeneration(ShardedCache):
     def _rebuild(self, forward: Callable[..., Any], before: Moment) -> None:
         """As it was before the call, with what was lost on other workers. Raises WorkerLost where none is left."""
         while True:
-            rows = sorted({row for cache in self.offloaded for row in cache.lost_rows()})
+            lost = (cache.lost_rows(before.lengths[mask]) for mask, cache in self._offloaded())
+            rows = sorted({row for some in lost for row in some})
             try:
-                for mask, cache in self.caches.items():
-                    if isinstance(cache, OffloadedCache):
-                        cache.restore(before.lengths[mask], rows)
+                for mask, cache in self._offloaded():
+                    cache.restore(before.lengths[mask], rows)
                 self._read_again(forward, rows)
                 break
             except WorkerLost as loss:

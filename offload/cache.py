@@ -114,9 +114,18 @@ class OffloadedCache(seqpar.KVCache):
                 part, assign([self._remote.size(part)], free, taken)[0], self._length_between_steps(part.row)
             )
 
-    def lost_rows(self) -> list[int]:
-        """Sequences of which a lost worker held something."""
-        return sorted({p.row for member, parts in self._remote.by_member() if member.lost is not None for p in parts})
+    def lost_rows(self, lengths: Sequence[int]) -> list[int]:
+        """Sequences that can't go on from these lengths unless they are written anew.
+
+        Those of which a lost worker held something; and where the mask forgets keys, those that had got further by more
+        than a chunk.
+        """
+        rows = {p.row for member, parts in self._remote.by_member() if member.lost is not None for p in parts}
+        if self._rooms.forgets:
+            furthest = (max(layers) for layers in zip(*self._written, strict=True))
+            both = enumerate(zip(furthest, lengths, strict=True))
+            rows |= {row for row, (most, length) in both if most - length > self.chunk}
+        return sorted(rows)
 
     def restore(self, lengths: Sequence[int], rebuilt: Sequence[int]) -> None:
         """After a loss: give what was lost a new place, empty, and take every row back to a length that it had.
@@ -133,15 +142,14 @@ class OffloadedCache(seqpar.KVCache):
         living = self._workers.alive
         lost = [part for part in self._remote.parts if part.holder not in (LOCAL, *living)]
         if lost and not living:
-            raise WorkerLost("of all", self.lost_rows(), "none is left")
+            raise WorkerLost("of all", self.lost_rows(lengths), "none is left")
         for member in living.values():
             member.drain()
         if lost:
             self._remote.place(lost)
         wanted = [0 if row in rebuilt else length for row, length in enumerate(lengths)]
         self._remote.truncate(wanted)
-        for values in (*self._lengths, *self._written):
-            values[:] = wanted
+        self._set_lengths(wanted)
 
     def release(self) -> None:
         """Have the workers free all of it; the cache is of no more use."""

@@ -16,9 +16,9 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,15 @@ import torch.distributed as dist
 from .channel import Link, Lost, parse
 from .frames import FrameError
 
+T = TypeVar("T")
+
 MOST_TEXT = 64 << 10
 """Most bytes of one text in the store."""
 
 _MOST_NUMBERS = 1 << 16
 _CALLERS_A_LOOK = 64
 _POLL = 0.005
+_GRACE = 0.5
 
 
 class Hosted:
@@ -101,19 +104,15 @@ def join_store(address: str, timeout: float) -> dist.Store:
             if time.monotonic() > end:
                 raise Lost(_nobody(address, timeout, str(error))) from None
         time.sleep(0.05)
-    joined: list[dist.Store] = []
 
-    def join() -> None:
-        with contextlib.suppress(RuntimeError):
-            joined.append(dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(timeout, 1))))
+    def join() -> dist.Store:
+        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(timeout, 1)))
 
-    # Someone who listens but speaks otherwise keeps TCPStore waiting for ever: a thread is all that costs.
-    thread = threading.Thread(target=join, name="join store", daemon=True)
-    thread.start()
-    thread.join(max(end - time.monotonic(), 1))
-    if not joined:
-        raise Lost(_nobody(address, timeout, "somebody listens, but serves no store"))
-    return joined[0]
+    # Someone who listens but speaks otherwise keeps TCPStore waiting for ever.
+    try:
+        return _within(max(end - time.monotonic(), 1), join)
+    except (TimeoutError, RuntimeError):
+        raise Lost(_nobody(address, timeout, "somebody listens, but serves no store")) from None
 
 
 class Porch:
@@ -180,14 +179,13 @@ class Porch:
         return self._number
 
 
-def workers(store: dist.Store) -> dict[int, dict[str, Any]]:
-    """Who is registered, with the info that each gave. Raises Lost without the store, FrameError for bad entries."""
+def workers(store: dist.Store, timeout: float = 30.0) -> dict[int, dict[str, Any]]:
+    """Who is registered, with the info that each gave.
+
+    Raises Lost if the store does not answer within ``timeout`` seconds, FrameError for a malformed entry.
+    """
     with _reaching("the store"):
-        count = store.add("workers", 0)
-        if not 0 <= count <= _MOST_NUMBERS:
-            raise FrameError("workers", count, f"0 to {_MOST_NUMBERS}")
-        entries = {number: _entry(store, number) for number in range(count)}
-    return {number: entry["info"] for number, entry in entries.items() if entry is not None}
+        return _within(timeout, lambda: _workers(store))
 
 
 def knock(store: dist.Store, worker: int, timeout: float, device: torch.device | None = None) -> Link:
@@ -204,19 +202,31 @@ def knock(store: dist.Store, worker: int, timeout: float, device: torch.device |
         FrameError: what the worker left in the store is malformed.
     """
     end = time.monotonic() + timeout
-    device = device or torch.device("cpu")
     with _reaching(f"worker {worker}"):
-        store = _another(store)
-        if not 0 <= worker < store.add("workers", 0) or _entry(store, worker) is None:
-            raise Lost(f"worker {worker} is not registered; choose one of {sorted(workers(store))}")
-        number = store.add(f"worker/{worker}/callers", 1) - 1
-        place = f"worker/{worker}/caller/{number}"
-        store.set(place, _text({"gpu": _gpu(device)}, "caller"))
-        _await(store, f"{place}/answer", end, f"worker {worker}", timeout, left=lambda: _entry(store, worker) is None)
-        bulk = _read(store, f"{place}/answer").get("bulk")
-        if not isinstance(bulk, bool):
-            raise FrameError(f"{place}/answer", repr(bulk), "true or false for bulk")
-        return _connect(store, place, 1, bulk, device, end)
+        # The steps keep the time themselves, unless the store's host has stopped.
+        return _within(timeout + _GRACE, lambda: _knock(store, worker, end, timeout, device or torch.device("cpu")))
+
+
+def _workers(store: dist.Store) -> dict[int, dict[str, Any]]:
+    count = store.add("workers", 0)
+    if not 0 <= count <= _MOST_NUMBERS:
+        raise FrameError("workers", count, f"0 to {_MOST_NUMBERS}")
+    entries = {number: _entry(store, number) for number in range(count)}
+    return {number: entry["info"] for number, entry in entries.items() if entry is not None}
+
+
+def _knock(store: dist.Store, worker: int, end: float, timeout: float, device: torch.device) -> Link:
+    store = _another(store)
+    if not 0 <= worker < store.add("workers", 0) or _entry(store, worker) is None:
+        raise Lost(f"worker {worker} is not registered; choose one of {sorted(_workers(store))}")
+    number = store.add(f"worker/{worker}/callers", 1) - 1
+    place = f"worker/{worker}/caller/{number}"
+    store.set(place, _text({"gpu": _gpu(device)}, "caller"))
+    _await(store, f"{place}/answer", end, f"worker {worker}", timeout, left=lambda: _entry(store, worker) is None)
+    bulk = _read(store, f"{place}/answer").get("bulk")
+    if not isinstance(bulk, bool):
+        raise FrameError(f"{place}/answer", repr(bulk), "true or false for bulk")
+    return _connect(store, place, 1, bulk, device, end)
 
 
 def _connect(store: dist.Store, place: str, rank: int, bulk: bool, device: torch.device, end: float) -> Link:
@@ -300,11 +310,32 @@ def _read(store: dist.Store, key: str) -> dict[str, Any]:
     return parse(data, key)
 
 
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises, or TimeoutError: then it goes on in a thread, whose result is dropped."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name="store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer of the store within {seconds:.3g} s")
+    value, error = outcome.pop()
+    if error is not None:
+        raise error
+    return value
+
+
 @contextlib.contextmanager
 def _reaching(whom: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of stores and of gloo
+    except (RuntimeError, TimeoutError) as error:  # of stores and of gloo
         reason = str(error).split("\n")[0]
         raise Lost(f"{whom} could not be reached: {reason}") from None
 

@@ -58,7 +58,7 @@ class Worker:
         self._report(f"worker {self.number} has {self.common.budget.total / 2**30:.1f} GiB for keys and values")
         open_door = True
         while not self._stopped.wait(_POLL):
-            if self.common.leaving and not any(session.shards for session in self.common.sessions):
+            if self.common.leaving and not any(session.shards for session in list(self.common.sessions)):
                 break
             if not open_door or self.common.leaving:
                 continue

@@ -153,7 +153,7 @@ class Session:
             "free": common.budget.free,
             "memory": common.budget.total,
             "connections": len(common.sessions),
-            "shards": sum(len(session.shards) for session in common.sessions),
+            "shards": sum(len(session.shards) for session in list(common.sessions)),
             "busy": common.busy,
         }
         self._answer(Kind.DONE, text=text)

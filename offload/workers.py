@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .channel import Channel, Frame, Lost
@@ -25,13 +28,16 @@ class Turns:
     """Batches that compute one at a time on a model rank: while one waits for its workers, another computes.
 
     Each batch has a thread of its own, which computes inside :meth:`mine`, and its own :class:`Workers`.
+
+    Attributes:
+        busy: seconds that some thread had its turn.
     """
 
     def __init__(self, *, keeps_random_state: bool = False) -> None:
         """``keeps_random_state``: each thread samples as if it were alone with PyTorch's CPU generator."""
         self._lock, self._keeps = threading.Lock(), keeps_random_state
+        self._since, self._owner = 0.0, 0
         self.busy = 0.0
-        self._since = 0.0
 
     @contextmanager
     def mine(self) -> Iterator[None]:
@@ -44,7 +50,10 @@ class Turns:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """This thread waits for something; others may compute meanwhile."""
+        """This thread waits for something; others may compute meanwhile. Where it has no turn, nothing happens."""
+        if self._owner != threading.get_ident():
+            yield
+            return
         state = torch.get_rng_state() if self._keeps else None
         self._end()
         try:
@@ -56,18 +65,21 @@ class Turns:
 
     def _begin(self) -> None:
         self._lock.acquire()
+        self._owner = threading.get_ident()
         self._since = time.perf_counter()
 
     def _end(self) -> None:
         self.busy += time.perf_counter() - self._since
+        self._owner = 0
         self._lock.release()
 
 
 class Member:
     """One worker, and the connection to it."""
 
-    def __init__(self, number: int, info: dict[str, Any], channel: Channel, turns: Turns | None) -> None:
-        self.number, self.info, self.channel, self._turns = number, info, channel, turns
+    def __init__(self, number: int, info: dict[str, Any], channel: Channel) -> None:
+        self.number, self.info, self.channel = number, info, channel
+        self.turns: Turns | None = None
         self.owed = 0  # replies that are still to come
         self.holds: set[int] = set()  # sequences
         self.lost: str | None = None
@@ -93,11 +105,8 @@ class Member:
         """The next answer. Raises :class:`WorkerLost`, and :class:`WorkerRefused` where the worker said no."""
         self.check()
         try:
-            if self._turns is None:
+            with self.turns.away() if self.turns is not None else nullcontext():
                 frame = self.channel.receive(deadline)
-            else:
-                with self._turns.away():
-                    frame = self.channel.receive(deadline)
             text = frame.text() if frame.header.kind is Kind.REFUSED else None
         except (Lost, FrameError) as error:
             raise self._gone(error) from error
@@ -163,10 +172,17 @@ class Workers:
 
     What a rank had workers keep is freed when its connection ends, however it ends. Used by one thread; a second batch
     in rotation joins anew.
+
+    Attributes:
+        members: by number.
+        absent: lines about those that were registered and did not answer.
     """
 
     def __init__(self, members: list[Member], turns: Turns | None) -> None:
-        self.members, self.turns = {member.number: member for member in members}, turns
+        self.members = {member.number: member for member in members}
+        for member in members:
+            member.turns = turns
+        self.absent: list[str] = []
 
     @classmethod
     def join(
@@ -193,27 +209,24 @@ class Workers:
         until = time.monotonic() + timeout
         try:
             store = join_store(address, timeout)
+            found = workers(store)
+            while len(found) < least and time.monotonic() < until:
+                time.sleep(0.05)
+                found = workers(store)
         except Lost as error:
             raise WorkerLost(f"store {address}", (), str(error)) from error
-        found = workers(store)
-        while len(found) < least and time.monotonic() < until:
-            time.sleep(0.05)
-            found = workers(store)
-        members, absent = list[Member](), list[str]()
-        for number, info in sorted(found.items()):
-            try:
-                link = knock(store, number, max(1.0, until - time.monotonic()), torch.device(device))
-                channel = Channel(link, limit=int(info["limit"]), deadline=deadline)
-                members.append(Member(number, info, channel, turns))
-                members[-1].ask(Kind.HELLO, text={"dialect": 1})
-            except (Lost, FrameError, WorkerLost) as error:
-                members = [x for x in members if x.number != number]
-                absent.append(f"{number}: {error}")
-        joined = cls(members, turns)
-        if len(members) < least:
+        wait = max(1.0, min(deadline, until - time.monotonic()))
+        enter = functools.partial(_enter, store, device=torch.device(device), wait=wait, deadline=deadline)
+        with ThreadPoolExecutor(max(1, len(found))) as knocking:  # one that is gone must not keep the others waiting
+            entered = list(knocking.map(enter, sorted(found.items())))
+        joined = cls([x for x in entered if isinstance(x, Member)], turns)
+        joined.absent = [x for x in entered if isinstance(x, str)]
+        if len(joined.members) < least:
             joined.close()
-            reason = f"got {len(members)} workers within {timeout:g} s, expected {least} or more; start them first"
-            raise WorkerLost(f"store {address}", (), "; ".join([reason, *absent]))
+            reason = (
+                f"got {len(joined.members)} workers, expected {least} or more within {timeout:g} s; start them first"
+            )
+            raise WorkerLost(f"store {address}", (), "; ".join([reason, *joined.absent]))
         return joined
 
     def __enter__(self) -> Workers:
@@ -249,3 +262,17 @@ class Workers:
                 except WorkerLost:
                     continue
             member.channel.close()
+
+
+def _enter(
+    store: dist.Store, registered: tuple[int, dict[str, Any]], *, device: torch.device, wait: float, deadline: float
+) -> Member | str:  # fmt: skip
+    """A connection to a registered worker, or why there is none."""
+    number, info = registered
+    try:
+        link = knock(store, number, wait, device)
+        member = Member(number, info, Channel(link, limit=int(info["limit"]), deadline=deadline))
+        member.ask(Kind.HELLO, text={})
+    except (Lost, WorkerLost, ValueError, KeyError, TypeError) as error:
+        return f"worker {number}: {error}"
+    return member

@@ -216,11 +216,8 @@ class KVCache:
         fewer than the longest that the text was less :attr:`chunk` (or none): what went before may be overwritten.
         """
         wanted = self.check_truncate(length)
-        for lengths, written in zip(self._lengths, self._written, strict=True):
-            lengths[:] = wanted
-            written[:] = [most if n else 0 for n, most in zip(wanted, written, strict=True)]
         self._shard.truncate(wanted)
-        self._agreed = False
+        self._set_lengths(wanted)
 
     def check_truncate(self, length: int | Sequence[int]) -> list[int]:
         """The length of each row after :meth:`truncate`, or its ValueError; nothing is changed."""
@@ -243,9 +240,9 @@ class KVCache:
     def free(self, rows: Iterable[int] | None = None) -> None:
         """Forget the texts of some rows, or of all, which may then begin anew. On all ranks alike."""
         freed = set(range(self.batch) if rows is None else self._rows(rows))
+        self._shard.truncate([0 if row in freed else None for row in range(self.batch)])
         for values in (*self._lengths, *self._written):
             values[:] = [0 if row in freed else n for row, n in enumerate(values)]
-        self._shard.truncate([0 if row in freed else None for row in range(self.batch)])
         self._agreed = False
 
     def fork(self, row: int, into: int | Sequence[int]) -> None:
@@ -279,6 +276,17 @@ class KVCache:
         sinks: Tensor | None, backend: Kernel,
     ) -> list[Partial]:  # fmt: skip
         """Write new tokens, and attend with their queries (if any) to what is here: a chunk at a time where keys go."""
+        before = list(self._lengths[layer])
+        try:
+            return self._append_chunks(q, k, v, layer, counts, scale, sinks, backend)
+        except Exception:
+            self._lengths[layer][:] = before
+            raise
+
+    def _append_chunks(
+        self, q: Tensor | None, k: Tensor, v: Tensor, layer: int, counts: Sequence[int], scale: float | None,
+        sinks: Tensor | None, backend: Kernel,
+    ) -> list[Partial]:  # fmt: skip
         partials = []
         for new, some in self._cut(k.shape[1], counts):
             step = self._advance(layer, some, new.stop - new.start)
@@ -306,6 +314,13 @@ class KVCache:
         lengths[:] = [length + count for length, count in zip(lengths, counts, strict=True)]
         written[:] = [max(pair) for pair in zip(written, lengths, strict=True)]
         return self._rooms.step(tuple(map(Appended, lengths, counts)), tokens)
+
+    def _set_lengths(self, wanted: Sequence[int]) -> None:
+        """Of all layers; how long a text was still counts, unless it begins anew."""
+        for lengths, written in zip(self._lengths, self._written, strict=True):
+            lengths[:] = wanted
+            written[:] = [most if n else 0 for n, most in zip(wanted, written, strict=True)]
+        self._agreed = False
 
     def _tree(self, schedule: str | Tree) -> Tree:
         found = resolve_schedule(schedule, self.world.inside)

@@ -198,19 +198,19 @@ class Channel:
         self._make_room(size)
         inside = 0 if apart else size
         message = torch.empty(_OVERHEAD + inside, dtype=torch.uint8)
-        raw = memoryview(message.numpy())
+        raw = message.numpy().data
         raw[:HEADER_BYTES] = header
         if data:
             raw[HEADER_BYTES : HEADER_BYTES + size] = data
         raw[HEADER_BYTES + inside :] = encode_trailer(sequence)
         if tensors and not apart:
-            _pack(tensors, message[HEADER_BYTES : HEADER_BYTES + size], dtype)
+            _pack(tensors, message[HEADER_BYTES : HEADER_BYTES + size])
         works: list[tuple[Any, Tensor]] = []
         try:
             works.append((self._link.control.send([message], self._link.peer, 0), message))
             if apart:
                 payload = torch.empty(size, dtype=torch.uint8, device=self._link.device)
-                _pack(tensors, payload, dtype)
+                _pack(tensors, payload)
                 works.append((self._link.bulk.send([payload], self._link.peer, 0), payload))
         except (RuntimeError, AttributeError) as error:  # the latter: closed by another thread
             works.clear()
@@ -347,8 +347,8 @@ class _Buffer:
         self.used = 0
 
 
-def _pack(tensors: tuple[Tensor, ...], out: Tensor, dtype: torch.dtype | None) -> None:
-    values = out.view(dtype)
+def _pack(tensors: tuple[Tensor, ...], out: Tensor) -> None:
+    values = out.view(tensors[0].dtype)
     start = 0
     for tensor in tensors:
         values[start : start + tensor.numel()].view(tensor.shape).copy_(tensor.detach())

@@ -231,11 +231,12 @@ def _knock(store: dist.Store, worker: int, end: float, timeout: float, device: t
 
 def _connect(store: dist.Store, place: str, rank: int, bulk: bool, device: torch.device, end: float) -> Link:
     timeout = timedelta(seconds=max(end - time.monotonic(), 0.1))
-    options = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = timeout
     options._threads = 1  # for collectives, of which there are none
     options._devices = [_gloo_device(store)]
-    control = dist.ProcessGroupGloo(dist.PrefixStore(f"{place}/control", store), rank, 2, options)
+    control = gloo(dist.PrefixStore(f"{place}/control", store), rank, 2, options)
     group = None
     if bulk:
         nccl = dist.ProcessGroupNCCL.Options()
@@ -258,7 +259,7 @@ def _gloo_device(store: dist.Store) -> Any:
     return dist.ProcessGroupGloo.create_default_device()
 
 
-def _another(store: dist.Store) -> dist.Store:
+def _another(store: Any) -> dist.Store:
     """A client of its own: calls of one wait for each other."""
     store.check(["workers"])  # fails at once where a clone would try to reach a lost store for its whole timeout
     return store.clone()

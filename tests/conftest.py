@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """``--full-grid``, which takes some minutes more; and a Megatron-LM to test its scripts."""
     parser.addoption("--full-grid", action="store_true", help="every mask x layout x schedule x ranks x head count")
     parser.addoption("--megatron-lm", metavar="FOLDER", help="a checkout of Megatron-LM whose pretrain_gpt.py is run")
+    parser.addoption("--frames", type=int, default=300, help="how many mutated frames the decoder has to refuse")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -28,13 +28,15 @@ PACKAGES = {
     "integrations": "seqpar.integrations",
     "kernels": "seqpar.kernels",
     "launch": "seqpar.launch",
+    "offload": "seqpar.offload",
     "seqpar": "seqpar",
 }
 # Import name -> the packages that its modules may not import.
 MAY_NOT_IMPORT = {
-    "seqpar.comm": {"seqpar", "seqpar.kernels", "seqpar.integrations", "seqpar.launch"},
-    "seqpar.kernels": {"seqpar", "seqpar.comm", "seqpar.integrations", "seqpar.launch"},
-    "seqpar": {"seqpar.integrations", "seqpar.launch"},
+    "seqpar.comm": {"seqpar", "seqpar.kernels", "seqpar.integrations", "seqpar.launch", "seqpar.offload"},
+    "seqpar.kernels": {"seqpar", "seqpar.comm", "seqpar.integrations", "seqpar.launch", "seqpar.offload"},
+    "seqpar": {"seqpar.integrations", "seqpar.launch", "seqpar.offload"},
+    "seqpar.offload": {"seqpar.integrations", "seqpar.launch"},
     "seqpar.integrations": {"seqpar.launch"},
     "seqpar.launch": set(),
 }
@@ -44,6 +46,7 @@ HEAVY = {
     "flash_attn",
     "matplotlib",
     "megatron",
+    "numba",
     "rich",
     "safetensors",
     "transformers",

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/design.md from real plans: ``python docs/pictures.py``."""
+"""Draw the pictures of docs/design.md from real plans, and offload's costs: ``python docs/pictures.py``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 
 import seqpar
 from seqpar.itinerary import Itinerary, itinerary
+from seqpar.launch.offload_costs import Outcome
+from seqpar.launch.plan_offload import PlanOffloadConfig, plan
 
 HERE = Path(__file__).parent
 WORLD, LENGTH = 4, 64
@@ -77,6 +79,41 @@ def draw_blocks(rank: int = 1) -> None:
     figure.savefig(HERE / "intervals.png", dpi=110)
 
 
+def draw_offload() -> None:
+    """What `seqpar plan-offload` says of contexts of all lengths, with workers and without."""
+    contexts = [2**n for n in range(11, 18)]
+    few, plans = (
+        [plan(PlanOffloadConfig(model="llama-3-70b", context=n, devices=2, workers=4, alone=alone)) for n in contexts]
+        for alone in (2, 4)
+    )
+    ways = {
+        "4 x H100, no workers": [one.alone for one in plans],
+        "2 x H100, no workers": [one.alone for one in few],
+        "2 x H100, 4 x H20: in sequence": [one.sequence for one in plans],
+        "2 x H100, 4 x H20: two batches in rotation": [one.rotation for one in plans],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    for axis, title in zip(axes, ("tokens/s", "tokens per $"), strict=True):
+        for (label, outcomes), colour in zip(ways.items(), COLOURS[1:], strict=False):
+            shown = [(n, one) for n, one in zip(contexts, outcomes, strict=True) if one]
+            heights = [_height(title, one) for _, one in shown]
+            axis.plot([n for n, _ in shown], heights, "o-", color=colour, label=label, markersize=3.5)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(contexts, [f"{n // 1024}K" for n in contexts])
+        axis.set(xlabel="tokens of context", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle("llama-3-70b in bf16, as many sequences as memory holds; predicted", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(HERE / "offload.png", dpi=90)
+
+
+def _height(title: str, way: Outcome) -> float:
+    return way.speed if title == "tokens/s" else way.per_dollar
+
+
 if __name__ == "__main__":
     draw_layouts()
     draw_blocks()
+    draw_offload()

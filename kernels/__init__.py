@@ -5,6 +5,7 @@ from __future__ import annotations
 from .automatic import AutoKernel, Choice
 from .contract import Intervals, Kernel, OutputGradient, Partial, accumulator_dtype, merge_
 from .cpu import CpuFlash
+from .few_queries_cpu import compile_ahead
 from .flash import DIRECTIONS, FlashKernel, Shape
 from .library import AtenFlash, CudnnFlash, PackagedFlash
 from .reference import ReferenceKernel
@@ -43,6 +44,7 @@ __all__ = [
     "Partial",
     "Shape",
     "accumulator_dtype",
+    "compile_ahead",
     "kernel_named",
     "merge_",
 ]

@@ -12,7 +12,8 @@ from seqpar.masks import Mask, check_int
 from seqpar.shards import Memory
 
 from .errors import WorkerLost
-from .memory import RemoteMemory, Shape
+from .memory import RemoteMemory
+from .parts import Shape
 from .placement import LOCAL, Ledger, Placement, assign
 from .workers import Workers
 

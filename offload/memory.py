@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from seqpar.kernels import Kernel, Partial, accumulator_dtype, merge_
-from seqpar.masks import Mask
-from seqpar.shards import Rooms, Shard, Step
-from seqpar.stores import Appended
+from seqpar.kernels import Kernel, Partial, accumulator_dtype
+from seqpar.shards import Step
 
-from .dialect import DTYPES, STREAMS, WANTS_LSE, bits_of, cut
+from .calls import Call
+from .dialect import DTYPES, cut
 from .frames import Kind
 from .mask_text import to_text
-from .placement import LOCAL, Cut, Held, Placement, assign
+from .parts import Part, Shape
+from .placement import LOCAL, Held, Placement, assign
 from .workers import Member, Workers
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a cache holds: as for :class:`seqpar.KVCache`."""
-
-    mask: Mask
-    heads: tuple[int, int]
-    head_dim: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    capacity: int
-    chunk: int
-    page: int | None
-    batch: int
-    layers: int
-
-    def rooms(self, part: Cut) -> Rooms:
-        """Of a part of one sequence."""
-        return Rooms(
-            self.mask, self.heads[1], heads=part.heads, place=(part.segment, part.segments), capacity=self.capacity,
-            chunk=self.chunk, page=self.page,
-        )  # fmt: skip
-
-    def bytes_of(self, rooms: Rooms) -> int:
-        """What a part of one sequence takes, of all layers."""
-        return rooms.rows * sum(self.head_dim) * self.dtype.itemsize * self.layers
-
-
-@dataclass(eq=False)
-class Part:
-    """Part of a sequence (a batch row), and who has it: a worker's number and its shard's, or this rank's shard."""
-
-    row: int
-    cut: Cut
-    rooms: Rooms
-    queries: slice
-    holder: int
-    shard: int = -1
-    here: Shard | None = None
 
 
 class RemoteMemory:
@@ -77,7 +35,7 @@ class RemoteMemory:
         self._is_partial = placement.segments > 1
         stay = [part for part in self.parts if cuts.index(part.cut) < placement.local]
         for part in stay:
-            part.here = self._shard(part)
+            part.here = self.shape.shard(part.rooms)
         self.place([part for part in self.parts if part not in stay])
 
     @property
@@ -143,7 +101,7 @@ class RemoteMemory:
         Queries leave first: workers attend to older keys while the new ones are on their way.
         """
         self._check_alive()
-        found = None
+        members, here, found = self.by_member(), [part for part in self.parts if part.here is not None], None
         if q is not None:
             found = Partial.empty(q, v.shape[3])
             if sinks is not None:
@@ -151,7 +109,10 @@ class RemoteMemory:
         for new, appended in cut(step.appended, step.tokens, self._most(q is not None)):
             queries = None if q is None else q[:, new]
             into = None if found is None else Partial(found.out[:, new], found.lse[:, :, new])
-            call = _Call(self, layer, appended, new.stop - new.start, self._is_partial or sinks is not None)
+            call = Call(
+                self.shape.dtype, members, here, layer, appended, new.stop - new.start,
+                wants_lse=self._is_partial or sinks is not None,
+            )  # fmt: skip
             call.run(queries, k[:, new], v[:, new], scale, kernel, into)
         return found
 
@@ -197,7 +158,7 @@ class RemoteMemory:
         before = Part(**vars(part))
         moved = Part(**vars(part))
         if to == LOCAL:
-            moved.holder, moved.shard, moved.here = LOCAL, -1, self._shard(part)
+            moved.holder, moved.shard, moved.here = LOCAL, -1, self.shape.shard(part.rooms)
         else:
             self._open([(moved, to)], length)
         rows = part.rooms.used(length)
@@ -246,12 +207,6 @@ class RemoteMemory:
         for member in self.workers.members.values():
             member.holds = {part.row for part in self.parts if part.holder == member.number}
 
-    def _shard(self, part: Part) -> Shard:
-        shape = self.shape
-        return Shard(
-            part.rooms, head_dim=shape.head_dim, batch=1, layers=shape.layers, dtype=shape.dtype, device=shape.device
-        )
-
     def size(self, part: Part) -> int:
         """Bytes that a part takes, of all layers."""
         return self.shape.bytes_of(part.rooms)
@@ -274,84 +229,3 @@ class RemoteMemory:
                 token = max(token, queries * max(out, shape.head_dim[0] * shape.dtype.itemsize))
             most.append(max(1, member.channel.limit // token))
         return min(most)
-
-
-class _Call:
-    """Attention of some new tokens in one layer, over all parts of all sequences."""
-
-    def __init__(
-        self, memory: RemoteMemory, layer: int, appended: tuple[Appended, ...], tokens: int, wants_lse: bool
-    ) -> None:  # fmt: skip
-        self.memory, self.layer, self.appended, self.tokens = memory, layer, appended, tokens
-        self.wants_lse = wants_lse
-        self.members = memory.by_member()
-        counts = tuple(row.new for row in appended)
-        self._uniform = all(count == tokens for count in counts)
-
-    def run(
-        self, q: Tensor | None, k: Tensor, v: Tensor, scale: float, kernel: Kernel, into: Partial | None
-    ) -> None:  # fmt: skip
-        """q ``[B, T, H, D]``, k and v ``[B, T, Hkv, D]``; what queries find is merged into ``into``."""
-        if q is not None:
-            flags = WANTS_LSE if self.wants_lse else 0
-            for member, parts in self.members:
-                pieces = [q[part.row, :, part.queries] for part in parts]
-                self._send(member, parts, Kind.ATTEND, pieces, replies=True, flags=flags, argument=bits_of(scale))
-        flags = STREAMS if q is None else 0
-        for member, parts in self.members:
-            pieces = [self._kept(part, x) for x in (k, v) for part in parts]
-            self._send(member, parts, Kind.APPEND, pieces, flags=flags)
-        for part in self.memory.parts:
-            if part.here is not None:
-                self._here(part, part.here, q, k, v, scale, kernel, into)
-        if into is not None:
-            for member, parts in self.members:
-                self._receive(member, parts, v.shape[3], into)
-
-    def _send(
-        self, member: Member, parts: Sequence[Part], kind: Kind, pieces: Sequence[Tensor], **fields: Any
-    ) -> None:  # fmt: skip
-        counts = None if self._uniform else tuple(self.appended[part.row].new for part in parts)
-        roster = member.roster(tuple(part.shard for part in parts), counts)
-        dtype = self.memory.shape.dtype
-        member.send(kind, *pieces, layer=self.layer, tokens=self.tokens, roster=roster, dtype=dtype, **fields)
-
-    def _kept(self, part: Part, x: Tensor) -> Tensor:
-        """The new tokens' rows ``[N, D]`` that are kept in a part, of one head each."""
-        appended = self.appended[part.row]
-        heads = slice(part.cut.heads.start, part.cut.heads.stop)
-        rows = x[part.row, self.tokens - appended.new :, heads].reshape(-1, x.shape[3])
-        kept = part.rooms.kept(appended)
-        return rows if len(kept) == len(rows) else rows.index_select(0, kept.to(x.device))
-
-    def _here(
-        self, part: Part, shard: Shard, q: Tensor | None, k: Tensor, v: Tensor, scale: float, kernel: Kernel,
-        into: Partial | None,
-    ) -> None:  # fmt: skip
-        row, heads = slice(part.row, part.row + 1), slice(part.cut.heads.start, part.cut.heads.stop)
-        step = part.rooms.step((self.appended[part.row],), self.tokens)
-        queries = None if q is None else q[row, :, part.queries]
-        mine = (x[row, :, heads] for x in (k, v))
-        found = shard.take(self.layer, step, queries, *mine, scale=scale, kernel=kernel, sinks=None)
-        if found is not None and into is not None:
-            merge_(_view(into, part), found.out, found.lse)
-
-    def _receive(self, member: Member, parts: Sequence[Part], value_dim: int, into: Partial) -> None:
-        heads, dtype = [part.queries.stop - part.queries.start for part in parts], self.memory.shape.dtype
-        shapes: list[tuple[int, ...]] = [(self.tokens, n, value_dim) for n in heads]
-        accumulator = accumulator_dtype(dtype)
-        if self.wants_lse:
-            shapes += [(n, self.tokens * accumulator.itemsize // dtype.itemsize) for n in heads]
-        found = [x.to(into.out.device) for x in member.answer(Kind.RESULT, dtype, shapes)]
-        for number, part in enumerate(parts):
-            view = _view(into, part)
-            if self.wants_lse:
-                lse = found[len(parts) + number].clone().view(accumulator)  # a copy, where accumulators may stand
-                merge_(view, found[number].unsqueeze(0), lse.unsqueeze(0))
-            else:
-                view.out.copy_(found[number])
-
-
-def _view(into: Partial, part: Part) -> Partial:
-    row = slice(part.row, part.row + 1)
-    return Partial(into.out[row, :, part.queries], into.lse[row, part.queries])

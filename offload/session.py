@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar.kernels import Partial, kernel_named
+from seqpar.kernels import Kernel, Partial, compile_ahead, kernel_named
 from seqpar.masks import check_int
 from seqpar.shards import Rooms, Shard, Step
-from seqpar.stores import Appended
 from seqpar.validation import check_scale
 
 from .budget import Budget
@@ -22,6 +21,7 @@ from .channel import Channel, Frame
 from .dialect import DTYPES, LEAVING, ROSTERS, SHARDS, STREAMS, WANTS_LSE, as_dtype, float_of
 from .frames import FrameError, Kind
 from .mask_text import from_text
+from .rosters import Kept, Roster
 
 LONGEST = 1 << 31
 
@@ -32,47 +32,12 @@ class Common:
 
     budget: Budget
     device: torch.device
-    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         self.computes = threading.Lock()  # one call at a time has all cores
         self.busy = 0.0  # seconds
         self.leaving = False
         self.sessions: set[Session] = set()
-
-
-@dataclass(eq=False)
-class Kept:
-    """A shard of one sequence, and how many tokens each of its layers has."""
-
-    shard: Shard
-    lengths: list[int]
-    heads: int
-    capacity: int
-    head_dim: tuple[int, int]
-    dtype: torch.dtype
-
-    def after(self, layer: int, count: int) -> Appended:
-        """The step of so many new tokens in a layer."""
-        return Appended(self.lengths[layer] + count, count)
-
-
-class Roster:
-    """Shards in the order of a frame's pieces, and how many of a call's tokens each gets (None: all)."""
-
-    def __init__(self, shards: Sequence[Kept], counts: Sequence[int] | None) -> None:
-        self.shards, self.counts = list(shards), counts
-
-    def appended(self, layer: int, tokens: int) -> list[Appended]:
-        """The step of each. Raises ValueError where there is no room for it, or no such layer."""
-        counts = self.counts or [tokens] * len(self.shards)
-        for kept, count in zip(self.shards, counts, strict=True):
-            if layer >= len(kept.lengths) or count > tokens or kept.lengths[layer] + count > kept.capacity:
-                raise ValueError(
-                    f"call: got {count} of {tokens} tokens for layer {layer}, expected a layer below "
-                    f"{len(kept.lengths)} and at most {kept.capacity} tokens in all"
-                )
-        return [kept.after(layer, count) for kept, count in zip(self.shards, counts, strict=True)]
 
 
 class Session:
@@ -188,6 +153,8 @@ class Session:
                 )
                 queries = (last - first) * (heads // kv_heads)
                 opened[number] = Kept(shard, [length] * layers, queries, capacity, (dim, value_dim), dtype)
+            if self.common.device.type == "cpu":
+                compile_ahead(dtype, max((kept.shard.rooms.rows * dim for kept in opened.values()), default=0))
         except BaseException:
             self.common.budget.give_back(taken)
             raise
@@ -224,42 +191,34 @@ class Session:
         roster = self._rosters.get(header.roster)
         if roster is None:
             raise ValueError(f"roster: got {header.roster}, expected one of those that were named")
-        if header.dtype is not roster.shards[0].dtype:
-            raise ValueError(f"dtype: got {header.dtype}, expected {roster.shards[0].dtype}, of the shards")
+        if header.dtype is not roster.dtype:
+            raise ValueError(f"dtype: got {header.dtype}, expected {roster.dtype}, of the shards")
         return roster
 
     def _attend(self, frame: Frame) -> None:
         """Older keys first, while the new ones are on their way."""
         header = frame.header
-        layer, tokens = header.layer, header.tokens
+        call = header.layer, header.tokens, header.roster
         self.channel.expect()
         try:
             roster, scale = self._roster(frame), float_of(header.argument)
             check_scale(scale)
-            appended = roster.appended(layer, tokens)
-            queries = [
-                x.unsqueeze(0) for x in self._tensors(frame, [(tokens, x.heads, x.head_dim[0]) for x in roster.shards])
-            ]
-            steps = [kept.shard.rooms.step((row,), tokens) for kept, row in zip(roster.shards, appended, strict=True)]
-            found = self._compute(lambda: self._older(layer, roster, steps, queries, scale))
+            steps = roster.steps(header.layer, header.tokens)
+            queries = self._tensors(frame, roster.queries_shapes(header.tokens))
+            found = self._compute(lambda kernel: roster.older(header.layer, steps, queries, scale, kernel))
         except FrameError:
             raise
         except Exception:
             self._skip_keys()
             raise
         keys = self.channel.receive()
-        if keys.header.kind is not Kind.APPEND or (keys.header.layer, keys.header.tokens, keys.header.roster) != (
-            layer, tokens, header.roster,
-        ):  # fmt: skip
-            raise FrameError(
-                "append", f"{keys.header}", f"keys of layer {layer}, {tokens} tokens, roster {header.roster}"
-            )
-        self._append(keys, roster, appended, steps)
-        found = self._compute(lambda: self._newer(layer, roster, steps, queries, found, scale))
-        dtype = roster.shards[0].dtype
-        outs = [x.out[0].to(dtype) for x in found]
-        lses = [as_dtype(x.lse[0], dtype) for x in found] if header.flags & WANTS_LSE else []
-        self._answer(Kind.RESULT, *outs, *lses, layer=layer, tokens=tokens, roster=header.roster, dtype=dtype)
+        if keys.header.kind is not Kind.APPEND or (keys.header.layer, keys.header.tokens, keys.header.roster) != call:
+            raise FrameError("append", str(keys.header), f"keys of layer, tokens and roster {call}")
+        self._write(keys, roster, steps)
+        found = self._compute(lambda kernel: roster.newer(header.layer, steps, queries, found, scale, kernel))
+        outs = [x.out[0].to(roster.dtype) for x in found]
+        lses = [as_dtype(x.lse[0], roster.dtype) for x in found] if header.flags & WANTS_LSE else []
+        self._answer(Kind.RESULT, *outs, *lses, layer=header.layer, tokens=header.tokens, dtype=roster.dtype)
 
     def _skip_keys(self) -> None:
         """Of a call that is refused."""
@@ -267,54 +226,15 @@ class Session:
         if keys.header.kind is not Kind.APPEND:
             raise FrameError("kind", keys.header.kind.name, "the keys that follow queries")
 
-    def _older(
-        self, layer: int, roster: Roster, steps: Sequence[Step], queries: Sequence[Tensor], scale: float
-    ) -> list[Partial]:  # fmt: skip
-        kernel = kernel_named(self.common.kernel)
-        return [
-            kept.shard.attend(layer, step, q, scale=scale, kernel=kernel, among="old")
-            for kept, step, q in zip(roster.shards, steps, queries, strict=True)
-        ]
-
-    def _newer(
-        self, layer: int, roster: Roster, steps: Sequence[Step], queries: Sequence[Tensor], found: Sequence[Partial],
-        scale: float,
-    ) -> list[Partial]:  # fmt: skip
-        kernel = kernel_named(self.common.kernel)
-        return [
-            kept.shard.meet(layer, step, part, q, scale=scale, kernel=kernel)
-            for kept, step, q, part in zip(roster.shards, steps, queries, found, strict=True)
-        ]
-
     def _stream(self, frame: Frame) -> None:
         """Keys and values without queries, as in a prompt that the model rank attends to itself."""
         if not frame.header.flags & STREAMS:
             raise FrameError("append", "keys without queries", "a call's, or the flag of those that stream")
         roster = self._roster(frame)
-        appended = roster.appended(frame.header.layer, frame.header.tokens)
-        tokens = frame.header.tokens
-        steps = [kept.shard.rooms.step((row,), tokens) for kept, row in zip(roster.shards, appended, strict=True)]
-        self._append(frame, roster, appended, steps)
+        self._write(frame, roster, roster.steps(frame.header.layer, frame.header.tokens))
 
-    def _append(
-        self, frame: Frame, roster: Roster, appended: Sequence[Appended], steps: Sequence[Step]
-    ) -> None:  # fmt: skip
-        """Write the rows that a frame has of each shard's new tokens."""
-        layer, tokens = frame.header.layer, frame.header.tokens
-        kept_rows = [kept.shard.rooms.kept(row) for kept, row in zip(roster.shards, appended, strict=True)]
-        shapes = [
-            (len(rows), kept.head_dim[which])
-            for which in (0, 1)
-            for kept, rows in zip(roster.shards, kept_rows, strict=True)
-        ]
-        found = self._tensors(frame, shapes)
-        for number, (kept, row, rows, step) in enumerate(zip(roster.shards, appended, kept_rows, steps, strict=True)):
-            wholes = [
-                _spread(x, rows, row.new, tokens, kept.shard.rooms.heads)
-                for x in (found[number], found[len(roster.shards) + number])
-            ]
-            kept.shard.write(layer, step, *wholes)
-            kept.lengths[layer] = row.length
+    def _write(self, frame: Frame, roster: Roster, steps: Sequence[Step]) -> None:
+        roster.write(frame.header.layer, steps, self._tensors(frame, roster.keys_shapes(steps)))
 
     def _truncate(self, frame: Frame) -> None:
         text = frame.text()
@@ -362,22 +282,12 @@ class Session:
             raise ValueError(f"shards: got {unknown[:8]}, expected those of this connection")
         return numbers
 
-    def _compute(self, work: Callable[[], list[Partial]]) -> list[Partial]:
+    def _compute(self, work: Callable[[Kernel], list[Partial]]) -> list[Partial]:
         with self.common.computes, torch.inference_mode():
             began = time.perf_counter()
-            found = work()
+            found = work(kernel_named("auto"))
             self.common.busy += time.perf_counter() - began
         return found
-
-
-def _spread(rows: Tensor, kept: Tensor, new: int, tokens: int, heads: int) -> Tensor:
-    """Kept rows ``[N, D]`` of the new tokens' heads, as ``[1, T, heads, D]``; what is not kept is never read."""
-    dim = rows.shape[1]
-    if len(kept) == tokens * heads:
-        return rows.view(1, tokens, heads, dim)
-    whole = rows.new_zeros(tokens * heads, dim)
-    whole.index_copy_(0, kept.to(rows.device) + (tokens - new) * heads, rows)
-    return whole.view(1, tokens, heads, dim)
 
 
 def _ints(given: Any, count: int | None, least: int = 1) -> list[int]:

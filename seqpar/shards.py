@@ -107,13 +107,13 @@ class Step:
         self, rooms: Rooms, appended: tuple[Appended, ...], tokens: int, taken: Tensor, put: Tensor
     ) -> None:  # fmt: skip
         self.appended, self.tokens = appended, tokens
-        self._rooms, self._moves = rooms, {taken.device: (taken, put)}
+        self.rooms, self._moves = rooms, {taken.device: (taken, put)}
         self._sections: dict[Among, tuple[Section, ...]] = {}
 
     def sections(self, among: Among = "all") -> tuple[Section, ...]:
         """The kernel calls of the new tokens' queries over all keys, or over those before them, or among themselves."""
         if among not in self._sections:
-            stores = self._rooms.stores
+            stores = self.rooms.stores
             found = [x for store in stores for x in store.sections(self.appended, self.tokens, among)]
             self._sections[among] = tuple(found)
         return self._sections[among]
@@ -215,10 +215,9 @@ def joined(partials: Sequence[Partial]) -> Partial:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, for kernels read rows that they then mask. numpy's come from the system untouched, torch's are written."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
-    count = math.prod(shape)
-    return torch.from_numpy(numpy.zeros(count * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
 
 
 def _page(groups: Sequence, page: int | None) -> int:

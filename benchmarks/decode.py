@@ -79,8 +79,8 @@ def cached(world: World, context: int, dtype: torch.dtype, merge: Merge = "auto"
     if context % (world.size * PAGE):
         raise ValueError(f"context: got {context}, expected a multiple of {world.size * PAGE}, a page for each rank")
     k = share(world, context, dtype)  # pages, one to each rank in turn
-    cache._k[0].view(HEADS[1], -1, DIM)[:, : k.shape[1]] = k[0].transpose(0, 1)
-    cache._v[0].copy_(cache._k[0])
+    cache._shard.k[0].view(HEADS[1], -1, DIM)[:, : k.shape[1]] = k[0].transpose(0, 1)
+    cache._shard.v[0].copy_(cache._shard.k[0])
     cache._lengths[0][0] = cache._written[0][0] = context
     return cache
 
@@ -252,7 +252,7 @@ def remembering(world: World, context: int, layers: int) -> Callable[[], Any]:
         append(cache_of(new, 1), new)  # what libraries allocate once
         cache = cache_of(context, layers)
         for layer in range(layers):
-            for room in (cache._k[layer], cache._v[layer]):
+            for room in (cache._shard.k[layer], cache._shard.v[layer]):
                 room.fill_(0.5)
             cache._lengths[layer][0] = cache._written[layer][0] = context - new - 4
         ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is used again, and does not count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 import seqpar
-from seqpar.offload import Ledger, OffloadedCache, Placement, WorkerLost, Workers
+from seqpar.offload import Ledger, NoRoom, OffloadedCache, Placement, WorkerLost, Workers
 
 from .generation import ShardedCache, read
 
@@ -70,10 +72,10 @@ class OffloadedGeneration(ShardedCache):
 
     def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of the decoder: done in full, or a :class:`WorkerLost` after which nothing of it is visible."""
-        self._leave()
         before = Moment({mask: cache.lengths for mask, cache in self.caches.items()}, self._seen)
         while True:
             try:
+                self._leave()
                 found = forward(*args, **kwargs)
                 break
             except WorkerLost as loss:
@@ -104,11 +106,12 @@ class OffloadedGeneration(ShardedCache):
         return next(iter(self.caches.values())).lengths
 
     def _leave(self) -> None:
-        """Move everything off workers that are about to end."""
+        """Move everything off workers that are about to end; what fits nowhere else stays as long as they do."""
         for number, member in self.workers.alive.items():
-            if member.leaving and len(self.workers.alive) > 1 and member.holds:
-                for cache in self.offloaded:
-                    cache.leave(number)
+            if member.leaving and member.holds:
+                with contextlib.suppress(NoRoom):
+                    for cache in self.offloaded:
+                        cache.leave(number)
 
     def _remember(self, input_ids: Tensor | None, before: Moment) -> None:
         if input_ids is None:
@@ -152,16 +155,16 @@ class OffloadedGeneration(ShardedCache):
 def guard(model: Any) -> None:
     """Let calls of the model with an :class:`OffloadedGeneration` go through it; others are as before."""
     decoder = model.get_decoder()
-    if getattr(decoder, _GUARDED, False):
+    if getattr(decoder, _GUARDED, None) is not None:
         return
-    inner = decoder.forward
 
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+    @functools.wraps(type(decoder).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache, inner = kwargs.get("past_key_values"), getattr(self, _GUARDED)
         if isinstance(cache, OffloadedGeneration):
             return cache.call(inner, *args, **kwargs)
         return inner(*args, **kwargs)
 
-    decoder.forward = forward
-    setattr(decoder, _GUARDED, True)
+    # Bound methods: those of a copy of the model are bound to the copy.
+    setattr(decoder, _GUARDED, decoder.forward)
+    decoder.forward = types.MethodType(forward, decoder)

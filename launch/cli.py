@@ -10,26 +10,32 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from . import megatron
+from .attention_worker_config import AttentionWorkerConfig
 from .check_config import CheckConfig
 from .config import TrainConfig
 from .data import find_documents
 from .errors import FAILED, RunError, describe
 from .generate_config import GenerateConfig
+from .local_workers import LocalWorkers, at_address, local_workers
 from .manifest import last_whole, step_of
 from .options import OptionError, option
 from .outputs import CHECKPOINTS, default_out, newest_checkpoint, prepare
 from .prompts import read_prompts
-from .spawn import Place, alone, child_place, run_ranks, torchrun_place
+from .spawn import Place, alone, child_place, end_with_launcher, run_ranks, torchrun_place
 
 if TYPE_CHECKING:
     from .picture import PictureConfig
+    from .plan_offload import PlanOffloadConfig
 
-_Config = TypeVar("_Config", TrainConfig, GenerateConfig, CheckConfig, "PictureConfig")
+_RankConfig = TrainConfig | GenerateConfig | CheckConfig | AttentionWorkerConfig
+_Config = TypeVar(
+    "_Config", TrainConfig, GenerateConfig, CheckConfig, AttentionWorkerConfig, "PictureConfig", "PlanOffloadConfig"
+)
 
 USAGE = """usage: seqpar COMMAND [OPTIONS]
 
@@ -37,10 +43,12 @@ Attention over sequences that are split over ranks.
 
 commands:
   train     train a language model on real text, with every sequence split over ranks
-  generate  continue text with a language model, its key-value cache split over ranks
+  generate  continue text with a language model, its key-value cache split over ranks or on attention workers
+  attention-worker  hold keys and values for `generate`, and compute the attention over them
   check     run a model sharded and unsharded, and say whether they agree, layer by layer
   megatron  run a script of Megatron-LM as it is, with seqpar's attention and flags
   picture   draw a sparsely-sharded mask, and what each rank sends to whom under it
+  plan-offload  work out what attention on workers costs and brings, from sizes, data sheets and prices
 
 `seqpar COMMAND --help` lists a command's options; `seqpar --version` prints the version."""
 
@@ -65,7 +73,15 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"seqpar {version('seqpar')}")
         return 0
-    commands = {"train": _train, "generate": _generate, "check": _check, "megatron": _megatron, "picture": _picture}
+    commands = {
+        "train": _train,
+        "generate": _generate,
+        "attention-worker": _attention_worker,
+        "check": _check,
+        "megatron": _megatron,
+        "picture": _picture,
+        "plan-offload": _plan_offload,
+    }
     if command not in commands:
         *names, last = commands
         expected = f"{', '.join(names)} or {last}"
@@ -84,12 +100,19 @@ def _main(argv: Sequence[str]) -> int:
 def child() -> int:
     """A rank that the launcher started: of the command that comes first, with its options."""
     place, (command, *argv) = child_place(sys.argv[1:])
-    config: TrainConfig | GenerateConfig | CheckConfig
-    if command == "generate":
-        config = parse_generate(argv)
-    else:
-        config = parse_check(argv) if command == "check" else parse_train(argv)
-    return run_rank(config, place)
+    parse: dict[str, Callable[[Sequence[str]], _RankConfig]] = {
+        "train": parse_train,
+        "generate": parse_generate,
+        "check": parse_check,
+        "attention-worker": parse_attention_worker,
+    }
+    return run_rank(parse[command](argv), place)
+
+
+def job() -> int:
+    """A command that another one started beside itself, and that ends with it."""
+    end_with_launcher()
+    return main()
 
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
@@ -100,6 +123,11 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 def parse_generate(argv: Sequence[str]) -> GenerateConfig:
     """The configuration that these options of `seqpar generate` make. Raises ValueError in one line for wrong ones."""
     return _parse(GenerateConfig, "seqpar generate", _one_each(argv, ("--prompt", "--prompt-file")), append=True)
+
+
+def parse_attention_worker(argv: Sequence[str]) -> AttentionWorkerConfig:
+    """The configuration that these options of `seqpar attention-worker` make. Raises ValueError in one line."""
+    return _parse(AttentionWorkerConfig, "seqpar attention-worker", argv)
 
 
 def parse_check(argv: Sequence[str]) -> CheckConfig:
@@ -187,6 +215,13 @@ def _picture(argv: Sequence[str]) -> int:
     return 0
 
 
+def _plan_offload(argv: Sequence[str]) -> int:
+    from .plan_offload import PlanOffloadConfig, told
+
+    print(told(_parse(PlanOffloadConfig, "seqpar plan-offload", argv)))
+    return 0
+
+
 def _train(argv: Sequence[str]) -> int:
     config = parse_train(argv)
     place = _by_torchrun(config.nproc)
@@ -208,14 +243,39 @@ def _generate(argv: Sequence[str]) -> int:
     config = parse_generate(argv)
     place = _by_torchrun(config.nproc)
     if place is not None:
+        if config.num_workers:
+            raise ValueError(
+                f"--attention-workers {config.attention_workers} got ranks by torchrun; expected HOST:PORT of workers "
+                "that are there: start them with seqpar attention-worker, or leave torchrun out and use --nproc"
+            )
         return run_rank(config, place)
-    read_prompts(config)
+    prompts = read_prompts(config)
+    config.check_shares(len(prompts), config.nproc)
     if config.is_run:
         newest_checkpoint(config.model)
+    if config.num_workers:
+        with local_workers(config) as workers:
+            return _generate_here(config, argv, workers)
+    return _generate_here(config, argv)
+
+
+def _generate_here(config: GenerateConfig, argv: Sequence[str], workers: LocalWorkers | None = None) -> int:
     if config.nproc == 1:
         with alone() as only:
-            return run_rank(config, only)
+            return run_rank(config, only, workers)
+    if workers is not None:
+        argv = at_address(argv, workers.address())
     return run_ranks(config.nproc, ["generate", *argv], lambda: "mend its cause and run the command again")
+
+
+def _attention_worker(argv: Sequence[str]) -> int:
+    config = parse_attention_worker(argv)
+    place = _by_torchrun(config.nproc)
+    if place is not None:
+        return run_rank(config, place)
+    from .worker_job import run_workers
+
+    return run_workers(config, argv)
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -263,24 +323,17 @@ def _advice(out: Path, argv: Sequence[str]) -> str:
     return f"last whole checkpoint: {checkpoint} (step {step_of(checkpoint)}); resume with: {command}"
 
 
-def run_rank(config: TrainConfig | GenerateConfig | CheckConfig, place: Place) -> int:
-    """Run one rank and return its exit code. One of several that fails ends its process here."""
-    command = {TrainConfig: "train", GenerateConfig: "generate", CheckConfig: "check"}[type(config)]
+def run_rank(config: _RankConfig, place: Place, workers: LocalWorkers | None = None) -> int:
+    """Run one rank and return its exit code. One of several that fails ends its process here, and so does any worker.
+
+    workers: of a rank that has some of its own.
+    """
+    commands = {TrainConfig: "train", GenerateConfig: "generate", CheckConfig: "check"}
+    command = commands.get(type(config), "attention-worker")
+    is_worker = isinstance(config, AttentionWorkerConfig)
     rank = place.rank if place.size > 1 else None
     try:
-        if isinstance(config, TrainConfig):
-            from .train import run as train
-
-            train(config, place)
-        elif isinstance(config, GenerateConfig):
-            from .generate import run as generate
-
-            generate(config, place)
-        else:
-            from .check import run as check
-
-            return 0 if check(config, place) else FAILED  # and rank 0 has said why
-        return 0
+        code = _run(config, place, workers)
     except KeyboardInterrupt:
         code = _report(command, RunError("interrupted"))
     except BrokenPipeError:
@@ -289,12 +342,35 @@ def run_rank(config: TrainConfig | GenerateConfig | CheckConfig, place: Place) -
         code = FAILED
     except Exception as error:
         code = _report(command, error, rank, debug=config.debug)
-    if rank is not None:
+    else:
+        if not is_worker:
+            return code
+    if rank is not None or is_worker:  # whose threads may be in calls that Python can't end well
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _run(config: _RankConfig, place: Place, workers: LocalWorkers | None) -> int:
+    if isinstance(config, TrainConfig):
+        from .train import run as train
+
+        train(config, place)
+    elif isinstance(config, GenerateConfig):
+        from .generate import run as generate
+
+        generate(config if workers is None else config.with_workers_at(workers.address()), place)
+    elif isinstance(config, AttentionWorkerConfig):
+        from .attention_worker import run as attention_worker
+
+        return attention_worker(config, place)
+    else:
+        from .check import run as check
+
+        return 0 if check(config, place) else FAILED  # and rank 0 has said why
+    return 0
 
 
 def _report(command: str | None, error: BaseException, rank: int | None = None, *, debug: bool = False) -> int:

@@ -16,20 +16,24 @@ from torch import Tensor
 from seqpar.comm import KINDS
 from seqpar.integrations import huggingface
 
+from .decoding import closing_tokens, forget_settings, rows_of, settings
 from .distributed import Ranks, connected
 from .errors import RunError
 from .generate_config import GenerateConfig
 from .loading import Source, fingerprint, load_model, read_source
 from .model import model_fields
+from .offloading import OffloadedGeneration, look_for_workers
 from .prompts import encode_prompts, left_padded, read_prompts
 from .spawn import Place
 from .telling import Result, Telling, tell
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # Options that may differ between ranks without changing what is computed; model and prompts are compared by content.
-_OF_ONE_RANK = ("model", "prompt", "prompt_file", "json", "nproc", "threads", "timeout", "debug")
+_OF_ONE_RANK = (
+    "model", "prompt", "prompt_file", "attention_workers", "json", "ledger", "nproc", "threads", "timeout", "debug",
+)  # fmt: skip
 
 
 def run(config: GenerateConfig, place: Place) -> None:
@@ -54,13 +58,20 @@ def run(config: GenerateConfig, place: Place) -> None:
                 positions=source.positions,
                 embeddings=source.embeddings,
             )
+        offloaded = config.attention_workers is not None
+        if offloaded:
+            look_for_workers(config)
+            with ranks.together():
+                generation: _Generation | OffloadedGeneration = OffloadedGeneration(config, ranks, source, prompts)
+        else:
+            generation = _Generation(config, ranks, source, prompts)
         name = config.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
         ranks.agree(_identity(config, source, prompts, dtype))
         with ranks.together():
             model = load_model(source, dtype, ranks.device)
         ranks.agree({"weights": fingerprint(model)})
-        result = _Generation(config, ranks, source, prompts).result(model)
+        result = generation.result(model)
         if ranks.rank == 0:
             tell(result, texts, as_json=config.json)
 
@@ -73,6 +84,7 @@ def _identity(
     return {
         **options,
         "dtype": dtype,
+        "on attention workers": config.attention_workers is not None,
         "prompts": _digest(prompts),
         "tokens": source.text.name,
         "closing tokens": source.ends,
@@ -88,9 +100,9 @@ class _Generation:
     Every rank computes the same logits, bit for bit, and draws from the same seed: so all of them have every token.
     """
 
-    def __init__(self, config: GenerateConfig, ranks: Ranks, source: Source, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, config: GenerateConfig, ranks: Ranks, source: Source, prompts: Sequence[list[int]]) -> None:
         self.config, self.ranks, self.source, self.prompts = config, ranks, source, prompts
-        self.ends = () if config.ignore_eos else source.ends
+        self.ends = closing_tokens(config, source)
 
     @torch.no_grad()
     def result(self, model: PreTrainedModel) -> Result:
@@ -115,23 +127,22 @@ class _Generation:
                 tokens,
                 cache,
                 attention_mask=mask,
-                schedule=config.schedule,
-                layout=config.layout,
+                schedule=config.schedule or "tree",
+                layout=config.layout or "zigzag",
                 progress=telling.prefilled,
             )
             prefilled = self._now()
             read = int(mask[:, : cache.get_seq_length()].sum())
             cache.world.meter.reset()
             torch.manual_seed(config.seed)
+            forget_settings(model)
             generates: Any = model
-            # The folder's own would fill in whatever is not asked for.
-            generates.generation_config = type(model.generation_config)()
             output = generates.generate(
                 tokens,
                 attention_mask=mask,
                 past_key_values=cache,
                 streamer=telling,
-                generation_config=self._settings(),
+                generation_config=settings(config, self.source),
             )
             ended = self._now()
         return self._collected(output[:, tokens.shape[1] :], cache, read, (prefilled - began, ended - prefilled))
@@ -146,35 +157,13 @@ class _Generation:
             shows=is_rank0,
         )
 
-    def _settings(self) -> GenerationConfig:
-        """Everything that decides the next token; those that stand for nothing are never it."""
-        from transformers import GenerationConfig
-
-        config, source = self.config, self.source
-        sampling: dict[str, Any] = {"do_sample": False}
-        if config.temperature:
-            top_p = 1.0 if config.top_p is None else config.top_p
-            sampling = {
-                "do_sample": True,
-                "temperature": config.temperature,
-                "top_k": config.top_k or 0,
-                "top_p": top_p,
-            }
-        return GenerationConfig(
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=list(self.ends) or None,
-            pad_token_id=source.text.padding,
-            suppress_tokens=list(range(source.text.vocabulary, source.embeddings)) or None,
-            **sampling,
-        )
-
     def _collected(self, output: Tensor, cache: Any, read: int, seconds: tuple[float, float]) -> Result:
         """output [B, N]: the generated tokens of each prompt, filled up after one that closes the text.
 
         read: tokens that were prefilled. seconds: of the prefill, and of all that came after it.
         """
         ranks, text, ends = self.ranks, self.source.text, self.ends
-        rows = [_until_end(row, ends) for row in output.tolist()]
+        rows = rows_of(output, ends)
         meter = cache.world.meter.by_kind
         try:
             ranks.agree({"generated tokens": _digest(rows)})
@@ -210,9 +199,3 @@ class _Generation:
 
 def _digest(tokens: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(repr([list(row) for row in tokens]).encode()).hexdigest()[:16]
-
-
-def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The row's tokens up to the first that closes the text, if any."""
-    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]

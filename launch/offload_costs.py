@@ -84,7 +84,7 @@ class Setup:
 
     @property
     def headers(self) -> int:
-        """Bytes of headers per layer and step: of q, of k and v (none, where another segment's page grows), and of o."""
+        """Bytes of headers per layer and step: of q, of k and v (empty but for one segment), and of o."""
         return self.header * max(self.model.count, self.groups) * 3 * self.segments
 
     def moved(self, batch: float) -> float:

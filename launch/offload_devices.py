@@ -20,8 +20,8 @@ class Figures(NamedTuple):
     price: float
 
 
-# From NVIDIA's and AMD's data sheets, without sparsity. H100's and H20's prices are about those that Lamina reckons with, the
-# others what clouds asked for on demand, per device.
+# From NVIDIA's and AMD's data sheets, without sparsity. H100's and H20's prices are about those that Lamina reckons
+# with, the others what clouds asked for on demand, per device.
 DEVICES = {
     "h100-sxm": Figures(989, 80, 3350, 11.06),
     "h200": Figures(989, 141, 4800, 10.60),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import BAD_INPUT, FAILED
 
@@ -20,7 +21,7 @@ GRACE = 10.0
 """Seconds that the other ranks get to say what they saw before they are stopped."""
 
 # Started with -c, so that no file of the current folder shadows a package: `python -m` would put it first on the path.
-_CHILD = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from seqpar.launch.cli import child; sys.exit(child())"
+_RUN = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from seqpar.launch.cli import {0}; sys.exit({0}())"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,16 @@ def alone() -> Iterator[Place]:
 def child_place(argv: Sequence[str]) -> tuple[Place, list[str]]:
     """A started rank's place and the command's arguments, from its own; ends the process when the launcher ends."""
     rank, size, rendezvous, *rest = argv
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    end_with_launcher()
     return Place(int(rank), int(size), int(rank), int(size), rendezvous), rest
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
+    """From now on this process, which :func:`start` or :func:`start_job` started, ends when its launcher does."""
+    threading.Thread(target=_wait_for_launcher, daemon=True).start()
+
+
+def _wait_for_launcher() -> None:
     # The launcher holds the other end of this pipe and never writes: it closes when the launcher ends, however it ends.
     os.read(0, 1)
     os._exit(FAILED)
@@ -73,7 +79,7 @@ def run_ranks(number: int, argv: Sequence[str], advice: Callable[[], str]) -> in
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(number):
-                ranks.append(_start(rank, number, f"file://{Path(folder, 'store')}", argv))
+                ranks.append(start(rank, number, f"file://{Path(folder, 'store')}", argv))
             failed, code = _first_failure(ranks)
             if code == 0:
                 return 0
@@ -82,7 +88,7 @@ def run_ranks(number: int, argv: Sequence[str], advice: Callable[[], str]) -> in
             print("seqpar: interrupted; all ranks were stopped", file=sys.stderr)
             return 128 + signal.SIGINT
         finally:
-            _stop(ranks)
+            end(ranks)
     if code == BAD_INPUT:
         return BAD_INPUT
     how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
@@ -90,13 +96,25 @@ def run_ranks(number: int, argv: Sequence[str], advice: Callable[[], str]) -> in
     return FAILED
 
 
-def _start(rank: int, size: int, rendezvous: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(rank: int, size: int, rendezvous: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A process that is this rank of the command `argv`, and ends when this process does."""
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(rank), str(size), rendezvous, *argv],
+        [sys.executable, "-c", _RUN.format("child"), str(rank), str(size), rendezvous, *argv],
         stdin=subprocess.PIPE,
         env={**os.environ, **{name: str(value) for name, value in place.items()}},
         # A session of its own: Ctrl-C reaches the launcher alone, which stops the ranks.
+        start_new_session=True,
+    )
+
+
+def start_job(argv: Sequence[str]) -> subprocess.Popen[str]:
+    """The command `argv` in a process that ends when this one does; its stderr is a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN.format("job"), *argv],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
 
@@ -115,13 +133,14 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
         time.sleep(0.05)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait(ranks: Sequence[subprocess.Popen[Any]], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+def end(ranks: Sequence[subprocess.Popen[Any]]) -> None:
+    """End these processes, whatever they are at."""
     for stop, seconds in ((subprocess.Popen.terminate, 3.0), (subprocess.Popen.kill, 60.0)):
         for rank in ranks:
             if rank.poll() is None:

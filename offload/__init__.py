@@ -2,8 +2,18 @@
 
 from .cache import OffloadedCache
 from .errors import WorkerLost, WorkerRefused
-from .placement import Ledger, Placement
+from .placement import Ledger, NoRoom, Placement
 from .serving import Worker
 from .workers import Turns, Workers
 
-__all__ = ["Ledger", "OffloadedCache", "Placement", "Turns", "Worker", "WorkerLost", "WorkerRefused", "Workers"]
+__all__ = [
+    "Ledger",
+    "NoRoom",
+    "OffloadedCache",
+    "Placement",
+    "Turns",
+    "Worker",
+    "WorkerLost",
+    "WorkerRefused",
+    "Workers",
+]

@@ -13,6 +13,7 @@ from seqpar.shards import Shard
 from seqpar.stores import Appended
 
 from .dialect import STREAMS, WANTS_LSE, bits_of
+from .errors import WorkerLost
 from .frames import Kind
 from .parts import Part
 from .workers import Member
@@ -35,21 +36,32 @@ class Call:
         self, q: Tensor | None, k: Tensor, v: Tensor, scale: float, kernel: Kernel, into: Partial | None
     ) -> None:  # fmt: skip
         """q ``[B, T, H, D]``, k and v ``[B, T, Hkv, D]``; what queries find is merged into ``into``."""
+        # Who has queries must get keys too, or would wait for them: a loss is told when all have all.
+        losses: list[WorkerLost] = []
         if q is not None:
             flags = WANTS_LSE if self.wants_lse else 0
             for member, parts in self.members:
                 pieces = [q[part.row, :, part.queries] for part in parts]
-                self._send(member, parts, Kind.ATTEND, pieces, replies=True, flags=flags, argument=bits_of(scale))
+                fields = {"replies": True, "flags": flags, "argument": bits_of(scale)}
+                self._try_send(losses, member, parts, Kind.ATTEND, pieces, **fields)
         flags = STREAMS if q is None else 0
         for member, parts in self.members:
             pieces = [self._kept(part, x) for x in (k, v) for part in parts]
-            self._send(member, parts, Kind.APPEND, pieces, flags=flags)
+            self._try_send(losses, member, parts, Kind.APPEND, pieces, flags=flags)
+        if losses:
+            raise losses[0]
         for part in self.here:
             if part.here is not None:
                 self._attend_here(part, part.here, q, k, v, scale, kernel, into)
         if into is not None:
             for member, parts in self.members:
                 self._receive(member, parts, v.shape[3], into)
+
+    def _try_send(self, losses: list[WorkerLost], *args: Any, **fields: Any) -> None:
+        try:
+            self._send(*args, **fields)
+        except WorkerLost as loss:
+            losses.append(loss)
 
     def _send(
         self, member: Member, parts: Sequence[Part], kind: Kind, pieces: Sequence[Tensor], **fields: Any

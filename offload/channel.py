@@ -132,11 +132,14 @@ class Channel:
         limit: most bytes of payload of a frame, sent or received: at most :data:`LARGEST`.
         deadline: seconds that a wait may take.
         window: most frames sent and not yet waited for, and most bytes of their payloads.
+        ahead: so many receives are posted at a time: gloo sends a frame once its receive is posted, and so those that
+            follow each other at once come without a round trip for each.
     """
 
     def __init__(
-        self, link: Link, *, limit: int = LARGEST, deadline: float, window: tuple[int, int] = (32, 64 << 20)
-    ) -> None:
+        self, link: Link, *, limit: int = LARGEST, deadline: float, window: tuple[int, int] = (32, 64 << 20),
+        ahead: int = 1,
+    ) -> None:  # fmt: skip
         if not 0 < limit <= LARGEST:
             raise ValueError(f"limit: got {limit} bytes, expected 1 to {LARGEST}; split what is larger into frames")
         if deadline <= 0:
@@ -147,8 +150,9 @@ class Channel:
         self._unsent: deque[tuple[int, list[tuple[Any, Tensor]]]] = deque()
         self._unsent_bytes = 0
         # Zeros would pass for the trailer of frame 0.
-        self._buffers = deque([_Buffer(ones=limit + _OVERHEAD), _Buffer(), _Buffer()])
-        self._posted: Any = None
+        self._buffers = deque([_Buffer(ones=limit + _OVERHEAD), *(_Buffer() for _ in range(ahead + 1))])
+        self._posted: deque[tuple[Any, _Buffer]] = deque()
+        self._ahead = ahead
 
     def send(
         self,
@@ -227,13 +231,13 @@ class Channel:
             self._wait_for_oldest(end)
 
     def expect(self) -> None:
-        """Post the next receive, so that the transfer runs while the caller computes."""
+        """Post the next receives, so that transfers run while the caller computes."""
         self._check_open()
-        if self._posted is None:
+        while len(self._posted) < self._ahead:
             buffer = self._buffers.popleft()
             buffer.clear()
             try:
-                self._posted = self._link.control.recv([buffer.tensor], self._link.peer, 0), buffer
+                self._posted.append((self._link.control.recv([buffer.tensor], self._link.peer, 0), buffer))
             except (RuntimeError, AttributeError) as error:
                 self._lose(f"nothing can be received: {_first_line(error)}")
 
@@ -250,10 +254,11 @@ class Channel:
         deadline = self.deadline if deadline is None else deadline
         end = time.monotonic() + deadline
         self.expect()
-        posted, self._posted = self._posted, None
-        self._check_open()  # another thread may have closed it
-        work, buffer = posted
-        del posted
+        try:
+            work, buffer = self._posted.popleft()
+        except IndexError:  # another thread has closed it
+            self._check_open()
+            raise
         failure = _wait(work, deadline)
         del work  # it keeps the connection open, and an exception keeps this frame's variables
         if failure:
@@ -281,7 +286,7 @@ class Channel:
         A ``receive`` that another thread is in ends at its deadline.
         """
         self.closed = True
-        self._posted = None
+        self._posted.clear()
         self._unsent.clear()
         self._link.close()
 

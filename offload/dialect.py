@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from seqpar.shards import Rooms
 from seqpar.stores import Appended
 
 LEAVING = 1
@@ -25,10 +26,21 @@ ROSTERS = 64
 """So many of a connection's latest rosters are remembered."""
 SHARDS = 65_536
 """The most shards that a connection may open."""
+MOST = {"capacity": 1 << 28, "chunk": 1 << 28, "page": 1 << 28, "layers": 4096, "heads": 65_536, "head_dim": 65_536}
+"""The most that a shard may be asked to have of each."""
+PAGES = 1 << 22
+"""The most pages to a text."""
+BESIDES = 1024
+"""Bytes that a layer of a shard takes besides its rows."""
 
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 """Names of what a shard may hold."""
+
+
+def size_of(rooms: Rooms, head_dim: tuple[int, int], dtype: torch.dtype, layers: int) -> int:
+    """Bytes that a shard of one sequence takes: its rows, and what it takes besides."""
+    return layers * (rooms.rows * sum(head_dim) * dtype.itemsize + BESIDES)
 
 
 def bits_of(number: float) -> int:
@@ -43,7 +55,7 @@ def float_of(bits: int) -> float:
 
 def as_dtype(lse: Tensor, dtype: torch.dtype) -> Tensor:
     """An lse, bit by bit, as elements of the dtype that its frame has: ``[..., T]`` as ``[..., T x ratio]``."""
-    return lse.contiguous().view(dtype)
+    return lse.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def cut(appended: Sequence[Appended], tokens: int, most: int) -> Iterator[tuple[slice, tuple[Appended, ...]]]:

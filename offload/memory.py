@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from seqpar.shards import Step
 
 from .calls import Call
 from .dialect import DTYPES, cut
+from .errors import WorkerLost
 from .frames import Kind
 from .mask_text import to_text
 from .parts import Part, Shape
@@ -32,11 +34,13 @@ class RemoteMemory:
             for row in range(shape.batch)
             for each in cuts
         ]
-        self._is_partial = placement.segments > 1
+        self._is_partial, self._is_torn = placement.segments > 1, False
+        self._by_member: list[tuple[Member, list[Part]]] | None = None
         stay = [part for part in self.parts if cuts.index(part.cut) < placement.local]
         for part in stay:
             part.here = self.shape.shard(part.rooms)
         self.place([part for part in self.parts if part not in stay])
+        self._check_frames()
 
     @property
     def nbytes(self) -> int:
@@ -69,10 +73,11 @@ class RemoteMemory:
                 if member.lost is None:
                     member.ask(Kind.FREE, text={"shards": numbers})
             raise
-        for (member, ids), number in zip(opened, dict.fromkeys(number for _, number in found), strict=True):
-            for part, shard in zip([part for part, n in found if n == number], ids, strict=True):
-                part.holder, part.shard, part.here = number, shard, None
-                member.holds.add(part.row)
+        for member, numbers in opened:
+            for part, shard in zip([part for part, n in found if n == member.number], numbers, strict=True):
+                part.holder, part.shard, part.here = member.number, shard, None
+                member.held.setdefault(self, set()).add(part.row)
+        self._by_member = None
 
     def _told(self, parts: Sequence[Part], ids: Iterable[int], length: int) -> dict[str, Any]:
         shape = self.shape
@@ -100,12 +105,13 @@ class RemoteMemory:
 
         Queries leave first: workers attend to older keys while the new ones are on their way.
         """
-        self._check_alive()
+        self._check_whole()
         members, here, found = self.by_member(), [part for part in self.parts if part.here is not None], None
         if q is not None:
             found = Partial.empty(q, v.shape[3])
             if sinks is not None:
                 found.lse.copy_(sinks.view(1, -1, 1).expand_as(found.lse))
+        self._is_torn = True
         for new, appended in cut(step.appended, step.tokens, self._most(q is not None)):
             queries = None if q is None else q[:, new]
             into = None if found is None else Partial(found.out[:, new], found.lse[:, :, new])
@@ -114,17 +120,20 @@ class RemoteMemory:
                 wants_lse=self._is_partial or sinks is not None,
             )  # fmt: skip
             call.run(queries, k[:, new], v[:, new], scale, kernel, into)
+        self._is_torn = False
         return found
 
     def truncate(self, lengths: Sequence[int | None]) -> None:
-        """See :meth:`seqpar.shards.Memory.truncate`."""
+        """See :meth:`seqpar.shards.Memory.truncate`. What is left of a call that failed half-way is gone then."""
         for member, parts in self.by_member():
+            member.drain()
             chosen = [part for part in parts if lengths[part.row] is not None]
             if chosen:
                 member.ask(
                     Kind.TRUNCATE,
                     text={"shards": [p.shard for p in chosen], "lengths": [lengths[p.row] for p in chosen]},
                 )
+        self._is_torn &= None in lengths
 
     def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
         """Refused: what is on workers stays with its sequence."""
@@ -136,6 +145,11 @@ class RemoteMemory:
 
     def by_member(self) -> list[tuple[Member, list[Part]]]:
         """The workers that hold something, each with its parts in the order of rosters."""
+        if self._by_member is None:
+            self._by_member = self._grouped()
+        return self._by_member
+
+    def _grouped(self) -> list[tuple[Member, list[Part]]]:
         found: dict[int, list[Part]] = {}
         for part in self.parts:
             if part.holder != LOCAL:
@@ -161,18 +175,28 @@ class RemoteMemory:
             moved.holder, moved.shard, moved.here = LOCAL, -1, self.shape.shard(part.rooms)
         else:
             self._open([(moved, to)], length)
-        rows = part.rooms.used(length)
+        try:
+            self._copy(before, moved, length)
+        except Exception:
+            if to != LOCAL and self.workers.members[to].lost is None:
+                self.workers.members[to].drain()
+                self.workers.members[to].ask(Kind.FREE, text={"shards": [moved.shard]})
+            raise
+        part.holder, part.shard, part.here = moved.holder, moved.shard, moved.here
+        if before.holder != LOCAL and self.workers.members[before.holder].lost is None:
+            with suppress(WorkerLost):  # one that leaves may have left before it said so
+                self.workers.members[before.holder].ask(Kind.FREE, text={"shards": [before.shard]})
+        self._count_holds()
+
+    def _copy(self, before: Part, moved: Part, length: int) -> None:
+        rows = before.rooms.used(length)
         size = max(1, self._limit([before, moved]) // (sum(self.shape.head_dim) * self.shape.dtype.itemsize))
         for layer in range(self.shape.layers):
             for first in range(0, len(rows), size):
                 some = rows[first : first + size]
                 self._write(moved, layer, first, some, *self._read(before, layer, first, some))
-        if to != LOCAL:
-            self.workers.members[to].ask(Kind.SYNC)  # it has them all
-        part.holder, part.shard, part.here = moved.holder, moved.shard, moved.here
-        if before.holder != LOCAL and self.workers.members[before.holder].lost is None:
-            self.workers.members[before.holder].ask(Kind.FREE, text={"shards": [before.shard]})
-            self._count_holds()
+        if moved.holder != LOCAL:
+            self.workers.members[moved.holder].ask(Kind.SYNC)  # it has them all
 
     def release(self) -> None:
         """Have living workers free everything."""
@@ -198,14 +222,30 @@ class RemoteMemory:
         member = self.workers.members[part.holder]
         member.send(Kind.STORE, k, v, layer=layer, tokens=len(rows), roster=part.shard, argument=first)
 
-    def _check_alive(self) -> None:
-        """Nothing is sent to some of the workers where others are lost."""
+    def _check_whole(self) -> None:
+        """Nothing is sent to some of the workers where others are lost, or have another step behind them."""
         for member, _ in self.by_member():
             member.check()
+        if self._is_torn:
+            raise ValueError(
+                "offloaded cache: got a call after one that failed half-way, expected truncate(lengths) first, to "
+                "what every layer has, or free()"
+            )
+
+    def _check_frames(self) -> None:
+        """A token's frames must be within the limit, whichever way they go."""
+        for member, token in self._token_bytes(with_queries=True):
+            if token > member.channel.limit:
+                self.release()
+                raise ValueError(
+                    f"offloaded cache: got {token:,} bytes to a token for worker {member.name}, expected at most "
+                    f"{member.channel.limit:,}, its limit of a frame; use more workers or a smaller batch"
+                )
 
     def _count_holds(self) -> None:
+        self._by_member = None
         for member in self.workers.members.values():
-            member.holds = {part.row for part in self.parts if part.holder == member.number}
+            member.held[self] = {part.row for part in self.parts if part.holder == member.number}
 
     def size(self, part: Part) -> int:
         """Bytes that a part takes, of all layers."""
@@ -218,14 +258,14 @@ class RemoteMemory:
 
     def _most(self, with_queries: bool) -> int:
         """Tokens whose frames are within the limit, whichever way they go."""
-        shape, most = self.shape, [1 << 30]
-        accumulator = accumulator_dtype(shape.dtype).itemsize
+        every = (member.channel.limit // token for member, token in self._token_bytes(with_queries))
+        return max(1, min(every, default=1 << 30))
+
+    def _token_bytes(self, with_queries: bool) -> Iterator[tuple[Member, int]]:
+        """The largest frame of one token, to or from each worker."""
+        (dim, value_dim), size = self.shape.head_dim, self.shape.dtype.itemsize
+        out = value_dim * size + accumulator_dtype(self.shape.dtype).itemsize
         for member, parts in self.by_member():
-            queries = sum(part.queries.stop - part.queries.start for part in parts)
-            keys = sum(len(part.cut.heads) for part in parts)
-            token = keys * sum(shape.head_dim) * shape.dtype.itemsize
-            if with_queries:
-                out = shape.head_dim[1] * shape.dtype.itemsize + accumulator
-                token = max(token, queries * max(out, shape.head_dim[0] * shape.dtype.itemsize))
-            most.append(max(1, member.channel.limit // token))
-        return min(most)
+            keys = sum(len(part.cut.heads) for part in parts) * (dim + value_dim) * size
+            queries = sum(part.queries.stop - part.queries.start for part in parts) * max(out, dim * size)
+            yield member, max(keys, queries) if with_queries else keys

@@ -9,6 +9,7 @@ import torch
 from seqpar.masks import Mask
 from seqpar.shards import Rooms, Shard
 
+from .dialect import size_of
 from .placement import Cut
 
 
@@ -36,7 +37,7 @@ class Shape:
 
     def bytes_of(self, rooms: Rooms) -> int:
         """What a part of one sequence takes, of all layers."""
-        return rooms.rows * sum(self.head_dim) * self.dtype.itemsize * self.layers
+        return size_of(rooms, self.head_dim, self.dtype, self.layers)
 
     def shard(self, rooms: Rooms) -> Shard:
         """Memory for a part of one sequence, here."""

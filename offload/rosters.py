@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import Kernel, Partial
-from seqpar.shards import Shard, Step
+from seqpar.shards import Shard, Step, meet_itself
 from seqpar.stores import Appended
 
 
@@ -23,6 +23,7 @@ class Kept:
     capacity: int
     head_dim: tuple[int, int]
     dtype: torch.dtype
+    size: int  # bytes of the worker's memory
 
 
 class Roster:
@@ -30,6 +31,8 @@ class Roster:
 
     def __init__(self, shards: Sequence[Kept], counts: Sequence[int] | None) -> None:
         self.shards, self.counts, self.dtype = list(shards), counts, shards[0].dtype
+        both = sum(kept.shard.rooms.heads * sum(kept.head_dim) for kept in shards)
+        self.token_bytes = both * self.dtype.itemsize  # of a token's keys and values
 
     def steps(self, layer: int, tokens: int) -> list[Step]:
         """What each shard does with so many new tokens. Raises ValueError where it has no room, or no such layer."""
@@ -71,14 +74,17 @@ class Roster:
             kept.lengths[layer] = step.appended[0].length
 
     def newer(
-        self, layer: int, steps: Sequence[Step], queries: Sequence[Tensor], found: Sequence[Partial], scale: float,
-        kernel: Kernel,
+        self, layer: int, steps: Sequence[Step], queries: Sequence[Tensor], rows: Sequence[Tensor],
+        found: Sequence[Partial], scale: float, kernel: Kernel,
     ) -> list[Partial]:  # fmt: skip
-        """What was found of the older keys, and of the new ones that have been written since."""
-        return [
-            kept.shard.meet(layer, step, part, q.unsqueeze(0), scale=scale, kernel=kernel)
-            for kept, step, q, part in zip(self.shards, steps, queries, found, strict=True)
-        ]
+        """What was found of the older keys, and of the new ``rows``, which have been written."""
+        merged, both = [], zip(rows[: len(steps)], rows[len(steps) :], strict=True)
+        for kept, step, q, part, (k, v) in zip(self.shards, steps, queries, found, both, strict=True):
+            if step.tokens == step.appended[0].new == 1 and len(k) == step.rooms.heads:
+                merged.append(meet_itself(part, q.unsqueeze(0), k, v, scale))
+            else:
+                merged.append(kept.shard.meet(layer, step, part, q.unsqueeze(0), scale=scale, kernel=kernel))
+        return merged
 
 
 def _kept(step: Step) -> Tensor:

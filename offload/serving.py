@@ -58,9 +58,13 @@ class Worker:
         self._report(f"worker {self.number} has {self.common.budget.total / 2**30:.1f} GiB for keys and values")
         open_door = True
         while not self._stopped.wait(_POLL):
-            if self.common.leaving and not any(session.shards for session in list(self.common.sessions)):
+            if self.common.leaving and open_door:
+                open_door = False
+                with contextlib.suppress(Lost):
+                    self._porch.leave()
+            if self.common.leaving and self.is_empty:
                 break
-            if not open_door or self.common.leaving:
+            if not open_door:
                 continue
             try:
                 for caller in self._porch.waiting():
@@ -74,8 +78,11 @@ class Worker:
     def leave(self) -> None:
         """Let nobody in any more, and ask those who are here to take their shards elsewhere."""
         self.common.leaving = True
-        with contextlib.suppress(Lost):
-            self._porch.leave()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody keeps anything here."""
+        return not any(session.shards for session in list(self.common.sessions))
 
     def stop(self) -> None:
         """End :meth:`run` soon; connections are closed."""
@@ -89,7 +96,7 @@ class Worker:
         except (Lost, FrameError) as error:
             self._report(f"caller {caller} did not come in: {error}")
             return
-        channel = Channel(link, limit=self._limit, deadline=self._deadline)
+        channel = Channel(link, limit=self._limit, deadline=self._deadline, ahead=2)
         if len(self.common.sessions) >= self._connections:
             channel.close()
             self._report(f"caller {caller} was turned away: {self._connections} connections are open, the most")
@@ -102,6 +109,8 @@ class Worker:
             ending = "left"
         except (Lost, FrameError) as error:
             ending = f"is gone: {error}"
+        except Exception as error:  # whatever it is, others are served
+            ending = f"was dropped, for a fault of this worker: {type(error).__name__}: {error}"
         finally:
             session.end()
             self.common.sessions.discard(session)

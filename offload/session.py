@@ -18,7 +18,7 @@ from seqpar.validation import check_scale
 
 from .budget import Budget
 from .channel import Channel, Frame
-from .dialect import DTYPES, LEAVING, ROSTERS, SHARDS, STREAMS, WANTS_LSE, as_dtype, float_of
+from .dialect import DTYPES, LEAVING, MOST, PAGES, ROSTERS, SHARDS, STREAMS, WANTS_LSE, as_dtype, float_of, size_of
 from .frames import FrameError, Kind
 from .mask_text import from_text
 from .rosters import Kept, Roster
@@ -91,7 +91,7 @@ class Session:
             self._answers[kind](frame)
         except FrameError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MemoryError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, ArithmeticError, MemoryError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             if kind in (Kind.ROSTER, Kind.STORE) or (kind is Kind.APPEND and frame.header.flags & STREAMS):
                 self._wrong = self._wrong or reason
@@ -126,11 +126,13 @@ class Session:
     def _open(self, frame: Frame) -> None:
         text = frame.text()
         mask, dtype = from_text(text["mask"]), _dtype(text["dtype"])
-        (heads, kv_heads), (dim, value_dim) = (_ints(text[name], 2) for name in ("heads", "head_dim"))
-        capacity, chunk, page, layers = _ints([text[name] for name in ("capacity", "chunk", "page", "layers")], 4)
-        (length,) = _ints([text["length"]], 1, least=0)
-        if heads % kv_heads or length > capacity:
-            raise ValueError(f"open: got {heads} heads over {kv_heads}, {length} tokens of {capacity}")
+        (heads, kv_heads), (dim, value_dim) = (_ints(text[name], 2, most=MOST[name]) for name in ("heads", "head_dim"))
+        capacity, chunk, page, layers = (
+            _ints([text[name]], 1, most=MOST[name])[0] for name in ("capacity", "chunk", "page", "layers")
+        )
+        (length,) = _ints([text["length"]], 1, least=0, most=capacity)
+        if heads % kv_heads or capacity > page * PAGES:
+            raise ValueError(f"open: got {heads} heads over {kv_heads}, pages of {page} tokens of {capacity}")
         wanted = [_ints(each, 5, least=0) for each in text["shards"]]
         if len({each[0] for each in wanted} | set(self.shards)) != len(wanted) + len(self.shards):
             raise ValueError("open: got a shard's number twice, expected new ones")
@@ -145,14 +147,14 @@ class Session:
                     mask, kv_heads, heads=range(first, last), place=(segment, segments), capacity=capacity, chunk=chunk,
                     page=page,
                 )  # fmt: skip
-                size = rooms.rows * (dim + value_dim) * dtype.itemsize * layers
+                size = size_of(rooms, (dim, value_dim), dtype, layers)
                 self.common.budget.take(size)
                 taken += size
                 shard = Shard(
                     rooms, head_dim=(dim, value_dim), batch=1, layers=layers, dtype=dtype, device=self.common.device
                 )
                 queries = (last - first) * (heads // kv_heads)
-                opened[number] = Kept(shard, [length] * layers, queries, capacity, (dim, value_dim), dtype)
+                opened[number] = Kept(shard, [length] * layers, queries, capacity, (dim, value_dim), dtype, size)
             if self.common.device.type == "cpu":
                 compile_ahead(dtype, max((kept.shard.rooms.rows * dim for kept in opened.values()), default=0))
         except BaseException:
@@ -169,7 +171,7 @@ class Session:
         for number in numbers:
             kept = self.shards.pop(number, None)
             if kept is not None:
-                self.common.budget.give_back(kept.shard.nbytes)
+                self.common.budget.give_back(kept.size)
         gone = [
             key for key, roster in self._rosters.items() if any(x not in self.shards.values() for x in roster.shards)
         ]
@@ -191,6 +193,11 @@ class Session:
         roster = self._rosters.get(header.roster)
         if roster is None:
             raise ValueError(f"roster: got {header.roster}, expected one of those that were named")
+        if header.tokens > 1 and header.tokens * roster.token_bytes > self.channel.limit:
+            raise ValueError(
+                f"tokens: got {header.tokens}, expected at most {self.channel.limit // roster.token_bytes}, whose keys "
+                "and values fill a frame"
+            )
         if header.dtype is not roster.dtype:
             raise ValueError(f"dtype: got {header.dtype}, expected {roster.dtype}, of the shards")
         return roster
@@ -214,8 +221,8 @@ class Session:
         keys = self.channel.receive()
         if keys.header.kind is not Kind.APPEND or (keys.header.layer, keys.header.tokens, keys.header.roster) != call:
             raise FrameError("append", str(keys.header), f"keys of layer, tokens and roster {call}")
-        self._write(keys, roster, steps)
-        found = self._compute(lambda kernel: roster.newer(header.layer, steps, queries, found, scale, kernel))
+        rows = self._write(keys, roster, steps)
+        found = self._compute(lambda kernel: roster.newer(header.layer, steps, queries, rows, found, scale, kernel))
         outs = [x.out[0].to(roster.dtype) for x in found]
         lses = [as_dtype(x.lse[0], roster.dtype) for x in found] if header.flags & WANTS_LSE else []
         self._answer(Kind.RESULT, *outs, *lses, layer=header.layer, tokens=header.tokens, dtype=roster.dtype)
@@ -233,8 +240,10 @@ class Session:
         roster = self._roster(frame)
         self._write(frame, roster, roster.steps(frame.header.layer, frame.header.tokens))
 
-    def _write(self, frame: Frame, roster: Roster, steps: Sequence[Step]) -> None:
-        roster.write(frame.header.layer, steps, self._tensors(frame, roster.keys_shapes(steps)))
+    def _write(self, frame: Frame, roster: Roster, steps: Sequence[Step]) -> list[Tensor]:
+        rows = self._tensors(frame, roster.keys_shapes(steps))
+        roster.write(frame.header.layer, steps, rows)
+        return rows
 
     def _truncate(self, frame: Frame) -> None:
         text = frame.text()
@@ -290,14 +299,14 @@ class Session:
         return found
 
 
-def _ints(given: Any, count: int | None, least: int = 1) -> list[int]:
+def _ints(given: Any, count: int | None, least: int = 1, most: int = LONGEST) -> list[int]:
     """Checked numbers."""
     if not isinstance(given, list) or (count is not None and len(given) != count):
         raise ValueError(f"numbers: got {str(given)[:80]}, expected a list of {count or 'them'}")
     for number in given:
         check_int("number", number, least=least, remedy="it is a count")
-        if number > LONGEST:
-            raise ValueError(f"number: got {number}, expected at most {LONGEST}")
+        if number > most:
+            raise ValueError(f"number: got {number}, expected at most {most}")
     return list(given)
 
 

@@ -81,11 +81,16 @@ class Member:
         self.number, self.info, self.channel = number, info, channel
         self.turns: Turns | None = None
         self.owed = 0  # replies that are still to come
-        self.holds: set[int] = set()  # sequences
+        self.held: dict[object, set[int]] = {}  # sequences, of each cache
         self.lost: str | None = None
         self.leaving = False
         self.next_roster = self.next_shard = 0
         self._rosters: dict[object, int] = {}
+
+    @property
+    def holds(self) -> set[int]:
+        """Sequences of which it has something."""
+        return set().union(*self.held.values())
 
     @property
     def name(self) -> str:
@@ -244,6 +249,8 @@ class Workers:
         """Bytes that each living worker that is not about to leave has free, after asking it."""
         found = {}
         for number, member in self.alive.items():
+            if member.leaving:  # and perhaps gone, as it should
+                continue
             status = self.status_of(member)
             if not member.leaving:
                 found[number] = int(status["free"])

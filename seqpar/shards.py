@@ -206,6 +206,18 @@ class Shard:
         return found
 
 
+def meet_itself(found: Partial, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """``found`` of one token's ``q [1, 1, H, D]`` over older keys, and its own ``k [heads, D]``, ``v [heads, Dv]``.
+
+    As :meth:`Shard.meet`, without a kernel: of one key the output is its value, and the lse its score.
+    """
+    queries, keys = (x.to(found.lse.dtype) for x in (q.view(len(k), -1, k.shape[1]), k.unsqueeze(1)))
+    scores = (queries * keys).sum(-1).mul_(scale)
+    out = v.unsqueeze(1).expand(-1, scores.shape[1], -1)
+    merge_(found, out.reshape(found.out.shape), scores.view_as(found.lse))
+    return found
+
+
 def joined(partials: Sequence[Partial]) -> Partial:
     """Of tokens one after another."""
     if len(partials) == 1:

@@ -30,8 +30,8 @@ MOST = {"capacity": 1 << 28, "chunk": 1 << 28, "page": 1 << 28, "layers": 4096, 
 """The most that a shard may be asked to have of each."""
 PAGES = 1 << 22
 """The most pages to a text."""
-BESIDES = 1024
-"""Bytes that a layer of a shard takes besides its rows."""
+LEAST = 256
+"""Bytes that a layer of a shard takes at least, also where it has no rows."""
 
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -39,8 +39,8 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 
 def size_of(rooms: Rooms, head_dim: tuple[int, int], dtype: torch.dtype, layers: int) -> int:
-    """Bytes that a shard of one sequence takes: its rows, and what it takes besides."""
-    return layers * (rooms.rows * sum(head_dim) * dtype.itemsize + BESIDES)
+    """Bytes that a shard of one sequence takes."""
+    return layers * max(LEAST, rooms.rows * sum(head_dim) * dtype.itemsize)
 
 
 def bits_of(number: float) -> int:

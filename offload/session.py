@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -70,11 +71,12 @@ class Session:
             FrameError: it sent what is no frame of ours.
         """
         try:
-            while True:
-                frame = self.channel.receive(lease)
-                if frame.header.kind is Kind.BYE:
-                    return
-                self._handle(frame)
+            with torch.inference_mode():
+                while True:
+                    frame = self.channel.receive(lease)
+                    if frame.header.kind is Kind.BYE:
+                        return
+                    self._handle(frame)
         finally:
             self.end()
 
@@ -212,7 +214,7 @@ class Session:
             check_scale(scale)
             steps = roster.steps(header.layer, header.tokens)
             queries = self._tensors(frame, roster.queries_shapes(header.tokens))
-            found = self._compute(lambda kernel: roster.older(header.layer, steps, queries, scale, kernel))
+            found = self._compute(functools.partial(roster.older, header.layer, steps, queries, scale))
         except FrameError:
             raise
         except Exception:
@@ -222,7 +224,9 @@ class Session:
         if keys.header.kind is not Kind.APPEND or (keys.header.layer, keys.header.tokens, keys.header.roster) != call:
             raise FrameError("append", str(keys.header), f"keys of layer, tokens and roster {call}")
         rows = self._write(keys, roster, steps)
-        found = self._compute(lambda kernel: roster.newer(header.layer, steps, queries, rows, found, scale, kernel))
+        merge = functools.partial(roster.newer, header.layer, steps, queries, rows, found, scale)
+        # A token's own key is soon done: it does not wait for another connection's many.
+        found = self._compute(merge) if header.tokens > 1 else merge(_kernel())
         outs = [x.out[0].to(roster.dtype) for x in found]
         lses = [as_dtype(x.lse[0], roster.dtype) for x in found] if header.flags & WANTS_LSE else []
         self._answer(Kind.RESULT, *outs, *lses, layer=header.layer, tokens=header.tokens, dtype=roster.dtype)
@@ -292,11 +296,15 @@ class Session:
         return numbers
 
     def _compute(self, work: Callable[[Kernel], list[Partial]]) -> list[Partial]:
-        with self.common.computes, torch.inference_mode():
+        with self.common.computes:
             began = time.perf_counter()
-            found = work(kernel_named("auto"))
+            found = work(_kernel())
             self.common.busy += time.perf_counter() - began
         return found
+
+
+def _kernel() -> Kernel:
+    return kernel_named("auto")
 
 
 def _ints(given: Any, count: int | None, least: int = 1, most: int = LONGEST) -> list[int]:

@@ -145,9 +145,13 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
 
 def write(name: str, tables: Mapping[str, object], folder: Path = RESULTS) -> None:
     """Keep the figures, with the command, machine and date, in ``<folder>/<name>.json``."""
-    command = " ".join(["python", *sys.argv])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"command": command, **machine(), **tables}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"command": command(), **machine(), **tables}, indent=1) + "\n")
+
+
+def command() -> str:
+    """This run's, from the repository's root."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def _member(pipe: Connection, rendezvous: str, rank: int, ranks: int, threads: int, setup: Setup, args: tuple) -> None:

@@ -21,7 +21,7 @@ from offload_rotation import Rotation
 from offload_setting import Size, decode, llama, set_context
 
 from seqpar.integrations import huggingface
-from seqpar.kernels import compile_ahead
+from seqpar.kernels.few_queries_cpu import WORTH, one_pass
 from seqpar.offload import Turns, Workers
 from seqpar.offload.placement import NoRoom
 
@@ -115,8 +115,11 @@ def limit(cap: int) -> None:
 
 def _here(what: Try, rows: int) -> float:
     """Tokens per second, the median of several runs of some steps."""
-    # The compiler's memory is not what is asked.
-    compile_ahead(torch.float32, what.capacity * what.size.heads[1] * (what.size.hidden // what.size.heads[0]))
+    # Neither the compiler's memory nor the stacks of threads are what is asked.
+    keys = torch.zeros(1, WORTH // 8, 1, 8)
+    one_pass(keys[:, :1], keys, keys, 1.0, None)
+    keys.add_(1.0)
+    del keys
     limit(what.cap)
     model, speeds = llama(what.size), []
     cache = huggingface.sharded_cache(model, capacity=what.capacity, batch=rows)

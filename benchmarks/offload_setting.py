@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, machine, median, write
+from measuring import RESULTS, command, machine, median, write
 from torch import Tensor
 
 import seqpar
@@ -152,5 +152,5 @@ def keep(part: str, tables: Mapping[str, object], folder: Path = RESULTS) -> Non
     """Write a part's tables, with its own command, date and machine, beside those of other parts."""
     path = folder / "offload.json"
     before = json.loads(path.read_text())["parts"] if path.exists() else {}
-    about = {"command": " ".join(["python", *sys.argv]), **machine()}
+    about = {"command": command(), **machine()}
     write("offload", {"parts": {**before, part: {**about, **tables}}}, folder)

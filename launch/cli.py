@@ -42,13 +42,13 @@ USAGE = """usage: seqpar COMMAND [OPTIONS]
 Attention over sequences that are split over ranks.
 
 commands:
-  train     train a language model on real text, with every sequence split over ranks
-  generate  continue text with a language model, its key-value cache split over ranks or on attention workers
-  attention-worker  hold keys and values for `generate`, and compute the attention over them
-  check     run a model sharded and unsharded, and say whether they agree, layer by layer
-  megatron  run a script of Megatron-LM as it is, with seqpar's attention and flags
-  picture   draw a sparsely-sharded mask, and what each rank sends to whom under it
-  plan-offload  work out what attention on workers costs and brings, from sizes, data sheets and prices
+  train             train a language model on real text, with every sequence split over ranks
+  generate          continue text with a language model, its key-value cache split over ranks or on workers
+  attention-worker  hold keys and values for `generate`, and attend to them
+  check             run a model sharded and unsharded, and say whether they agree, layer by layer
+  megatron          run a script of Megatron-LM as it is, with seqpar's attention and flags
+  picture           draw a sparsely-sharded mask, and what each rank sends to whom under it
+  plan-offload      say what attention on workers costs: bandwidth, time, batch, tokens per dollar
 
 `seqpar COMMAND --help` lists a command's options; `seqpar --version` prints the version."""
 

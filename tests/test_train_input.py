@@ -109,7 +109,7 @@ def test_ranks_that_were_told_different_things_all_say_so(folder: Path) -> None:
 
 def test_an_unknown_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    expected = "train, generate, check, megatron or picture"
+    expected = "train, generate, attention-worker, check, megatron, picture or plan-offload"
     assert capfd.readouterr().err == (
         f"seqpar: error: unknown command 'trian'; expected {expected}: see seqpar --help\n"
     )

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from seqpar.offload.meeting import Hosted, host_store
+from seqpar.offload.channel import Lost
+from seqpar.offload.meeting import Hosted, host_store, strike_out
 
 from .attention_worker import Meeting, device_of, join, memory_of, new_launch, say_where, tell
 from .attention_worker_config import AttentionWorkerConfig
@@ -114,6 +115,9 @@ class _Watch:
         if code:
             self._code = FAILED
         number = self._numbers[rank]
+        if number is not None:
+            with contextlib.suppress(Lost):  # of a store elsewhere
+                strike_out(self._meeting.store, number)  # one that was killed could not
         name = f"worker {number}" if number is not None else f"process {rank}"
         how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}" if code else "has left"
         left = len(self._workers) - len(self._ended)

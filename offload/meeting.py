@@ -34,6 +34,8 @@ MOST_TEXT = 64 << 10
 _MOST_NUMBERS = 1 << 16
 _CALLERS_A_LOOK = 64
 _POLL = 0.005
+BEAT, SILENCE = 0.5, 5.0
+"""Seconds between a worker's signs of life, and after how many without one it counts as gone."""
 _GRACE = 0.5
 
 
@@ -126,7 +128,8 @@ class Porch:
     def __init__(self, store: dist.Store, device: torch.device | None = None) -> None:
         self._store, self._device = store, device or torch.device("cpu")
         self._number: int | None = None
-        self._seen = 0
+        self._last = self._seen = 0
+        self._next_beat = 0.0
 
     def register(self, info: dict[str, Any]) -> int:
         """Enter this worker with ``info`` (a JSON object), once. Returns its number, which was never used before."""
@@ -134,13 +137,16 @@ class Porch:
             raise ValueError(f"porch: got a second register, expected one; worker {self._number} is registered")
         text = _text({"info": info, "gpu": _gpu(self._device)}, "info")
         with _reaching("the store"):
-            self._number = self._store.add("workers", 1) - 1
+            self._number = self._last = self._store.add("workers", 1) - 1
             self._store.set(f"worker/{self._number}", text)
         return self._number
 
     def waiting(self) -> Iterator[int]:
         """Numbers of callers who have knocked since the last look, each once; never waits for one."""
         with _reaching("the store"):
+            if time.monotonic() > self._next_beat:
+                self._next_beat = time.monotonic() + BEAT
+                self._store.add(f"worker/{self._registered()}/beats", 1)
             count = self._store.add(f"worker/{self._registered()}/callers", 0)
         for number in range(self._seen, min(count, self._seen + _CALLERS_A_LOOK)):
             self._seen = number + 1
@@ -154,7 +160,7 @@ class Porch:
             FrameError: what the caller left in the store is malformed.
         """
         end = time.monotonic() + timeout
-        place = f"worker/{self._registered()}/caller/{number}"
+        place = f"worker/{self._last}/caller/{number}"  # also when the worker has left meanwhile
         with _reaching(f"caller {number}"):
             store = _another(self._store)
             _await(store, place, end, f"caller {number}", timeout)
@@ -168,15 +174,20 @@ class Porch:
     def leave(self) -> None:
         """Take the worker's entry out of the store; a second call does nothing."""
         if self._number is not None:
-            with _reaching("the store"):
-                # Emptied, not deleted: who has seen it and reads it now would wait for it to come back.
-                self._store.set(f"worker/{self._number}", "")
+            strike_out(self._store, self._number)
             self._number = None
 
     def _registered(self) -> int:
         if self._number is None:
             raise ValueError("porch: got no worker, expected a registered one; call register first")
         return self._number
+
+
+def strike_out(store: dist.Store, worker: int) -> None:
+    """Take a worker's entry out of the store, as when it leaves. Raises Lost without the store."""
+    with _reaching("the store"):
+        # Emptied, not deleted: who has seen it and reads it now would wait for it to come back.
+        store.set(f"worker/{worker}", "")
 
 
 def workers(store: dist.Store, timeout: float = 30.0) -> dict[int, dict[str, Any]]:
@@ -222,11 +233,26 @@ def _knock(store: dist.Store, worker: int, end: float, timeout: float, device: t
     number = store.add(f"worker/{worker}/callers", 1) - 1
     place = f"worker/{worker}/caller/{number}"
     store.set(place, _text({"gpu": _gpu(device)}, "caller"))
-    _await(store, f"{place}/answer", end, f"worker {worker}", timeout, left=lambda: _entry(store, worker) is None)
+    is_gone = _Pulse(store, worker).is_gone
+    _await(store, f"{place}/answer", end, f"worker {worker}", timeout, left=is_gone)
     bulk = _read(store, f"{place}/answer").get("bulk")
     if not isinstance(bulk, bool):
         raise FrameError(f"{place}/answer", repr(bulk), "true or false for bulk")
     return _connect(store, place, 1, bulk, device, end)
+
+
+class _Pulse:
+    """Whether a worker still looks for callers: one that was killed is registered for ever."""
+
+    def __init__(self, store: dist.Store, worker: int) -> None:
+        self._store, self._worker, self._beats, self._since = store, worker, -1, 0.0
+
+    def is_gone(self) -> bool:
+        """It has left, or was not seen to look for :data:`SILENCE` seconds."""
+        beats = self._store.add(f"worker/{self._worker}/beats", 0)
+        if beats != self._beats:
+            self._beats, self._since = beats, time.monotonic()
+        return time.monotonic() - self._since > SILENCE or _entry(self._store, self._worker) is None
 
 
 def _connect(store: dist.Store, place: str, rank: int, bulk: bool, device: torch.device, end: float) -> Link:

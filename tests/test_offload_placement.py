@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import and_
@@ -462,3 +463,16 @@ def test_what_is_malformed_ends_its_connection_and_no_other(name: str, unequal: 
         assert free_of(workers, {0: BIG - SEQUENCE, 1: SMALL})[0] == BIG - SEQUENCE
     expected, _ = dense_attention(q, k, v, torch.ones(1, 9, 9).tril().bool())
     assert error(torch.cat(outs, 1), expected) <= 1e-6
+
+
+def test_a_worker_that_was_killed_keeps_nobody_waiting() -> None:
+    """It is still registered, but gives no sign of life."""
+    with crew({}, {}) as two:
+        with two.join() as workers:
+            two.kill(workers.members[0])
+        began = time.monotonic()
+        with two.join(least=1, deadline=60) as workers:
+            assert time.monotonic() - began < 30
+            assert sorted(workers.members) == [1]
+            (line,) = workers.absent
+            assert line.startswith("worker 0: ")

@@ -43,12 +43,18 @@ class OffloadedGeneration(ShardedCache):
         self.workers, self.placement, self.recompute = workers, placement, recompute
         self.losses: list[WorkerLost] = []
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        super().__init__(masks, None, batch, chunk, **options)
+        self._made: list[OffloadedCache] = []
+        try:
+            super().__init__(masks, None, batch, chunk, **options)
+        except Exception:
+            for cache in self._made:  # nothing stays reserved of some of them
+                cache.release()
+            raise
 
     def _cache(self, mask: seqpar.Mask, **options: Any) -> OffloadedCache:
-        return OffloadedCache(
-            mask, workers=self.workers, placement=self.placement, batch=self.batch, **options
-        )  # fmt: skip
+        made = OffloadedCache(mask, workers=self.workers, placement=self.placement, batch=self.batch, **options)
+        self._made.append(made)
+        return made
 
     @property
     def offloaded(self) -> list[OffloadedCache]:
@@ -73,19 +79,32 @@ class OffloadedGeneration(ShardedCache):
     def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of the decoder: done in full, or a :class:`WorkerLost` after which nothing of it is visible."""
         before = Moment({mask: cache.lengths for mask, cache in self.caches.items()}, self._seen)
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if self.recompute and tokens is None:
+            raise ValueError("offloaded cache: got inputs_embeds, expected input_ids, of which a loss is rebuilt")
+        try:
+            found = self._done(forward, before, *args, **kwargs)
+        except BaseException:
+            self._seen = before.seen
+            raise
+        if self.recompute:
+            self._remember(tokens, before)
+        return found
+
+    def _done(self, forward: Callable[..., Any], before: Moment, *args: Any, **kwargs: Any) -> Any:
         while True:
             try:
                 self._leave()
-                found = forward(*args, **kwargs)
-                break
+                return forward(*args, **kwargs)
             except WorkerLost as loss:
                 if not self.recompute:
                     raise
                 self.losses.append(loss)
-                self._rebuild(forward, before)
-        if self.recompute:
-            self._remember(kwargs.get("input_ids", args[0] if args else None), before)
-        return found
+                try:
+                    self._rebuild(forward, before)
+                except NoRoom as error:
+                    reason = f"{loss.reason}; what it held fits nowhere else ({error})"
+                    raise WorkerLost(loss.worker, loss.sequences, reason) from error
 
     def crop(self, tokens_to_remove: int) -> None:
         """See :meth:`ShardedCache.crop`."""
@@ -113,9 +132,7 @@ class OffloadedGeneration(ShardedCache):
                     for cache in self.offloaded:
                         cache.leave(number)
 
-    def _remember(self, input_ids: Tensor | None, before: Moment) -> None:
-        if input_ids is None:
-            raise ValueError("offloaded cache: got inputs_embeds, expected input_ids, of which a loss is rebuilt")
+    def _remember(self, input_ids: Tensor, before: Moment) -> None:
         had = next(iter(before.lengths.values()))
         for row, (tokens, was, now) in enumerate(zip(input_ids.tolist(), had, self._lengths(), strict=True)):
             self._tokens[row] += tokens[len(tokens) - (now - was) :]

@@ -37,7 +37,7 @@ class AttentionWorkerConfig:
 
     connections: int = 64
     """Model ranks that a worker serves at once, at most; --batches 2 makes two connections."""
-    lease: float = 600.0
+    lease: float = 86_400.0
     """Seconds that a model rank may be silent; then what it keeps here is freed."""
     deadline: float = 30.0
     """Seconds that the rest of a request may take to arrive once it has begun."""

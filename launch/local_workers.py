@@ -17,7 +17,7 @@ from .options import option
 from .spawn import end, start_job
 
 _READY = re.compile(r"seqpar attention-worker: ready at (\S+), ")
-_ROUTINE = re.compile(r"seqpar attention-worker: (worker \d+: |ready at )")
+_ROUTINE = re.compile(r"seqpar attention-worker: (worker \d+: caller \d+ (is here|left)|ready at )")
 _PATIENCE = 5.0
 
 

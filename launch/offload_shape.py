@@ -7,6 +7,7 @@ from typing import Any
 
 from .offload_costs import Shape
 
+_ENCODERS = {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta"}
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -21,14 +22,17 @@ def read_shape(model: str, known: str) -> Shape:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).get_text_config()
         total, active = _parameters(config)
         heads = int(config.num_attention_heads)
         layers = int(config.num_hidden_layers)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if min(heads, layers) < 1 or (config.model_type in _ENCODERS and not config.is_decoder):
+            raise ValueError(f"{config.model_type} with {layers} layers of {heads} heads")
+    except Exception as error:  # a config may have anything in it
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"--model {model} has a config that can't be read ({str(error).splitlines()[0]}); expected config.json of "
-            "a Hugging Face causal language model: use such a folder, or give --layers and so on"
+            f"--model {model} has a config that can't be read ({reason}); expected config.json of a Hugging Face "
+            "causal language model: use such a folder, or give --layers and so on"
         ) from error
     others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if others or hasattr(config, "kv_lora_rank"):

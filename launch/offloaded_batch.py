@@ -96,6 +96,8 @@ class Batch:
                 masks=self.source.masks,
                 chunk=config.chunk,
             )
+            for line in workers.absent:
+                print(f"seqpar generate: {line}; going on without it", file=sys.stderr, flush=True)
             began = self._now()
             huggingface.prefill(
                 model, tokens, cache, attention_mask=mask, schedule="ring", progress=self._telling.prefilled

@@ -110,14 +110,14 @@ class _Watch:
             say_where(self._meeting.address, len(self._workers), self._memory)
 
     def _say_how(self, rank: int, code: int) -> None:
-        if self._passed_on > 1 or (code == -signal.SIGTERM and self._signals):
-            return  # it was told to
-        if code:
-            self._code = FAILED
         number = self._numbers[rank]
         if number is not None:
             with contextlib.suppress(Lost):  # of a store elsewhere
                 strike_out(self._meeting.store, number)  # one that was killed could not
+        if self._passed_on > 1 or (code == -signal.SIGTERM and self._signals):
+            return  # it was told to
+        if code:
+            self._code = FAILED
         name = f"worker {number}" if number is not None else f"process {rank}"
         how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}" if code else "has left"
         left = len(self._workers) - len(self._ended)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from .errors import NoRoom
+
 
 class Budget:
     """So many bytes, for all connections together."""
@@ -17,10 +19,10 @@ class Budget:
         return self.total - self._used
 
     def take(self, size: int) -> None:
-        """Raises ValueError where so much is not free."""
+        """Raises NoRoom where so much is not free."""
         with self._lock:
             if size > self.free:
-                raise ValueError(
+                raise NoRoom(
                     f"memory: got {size:,} bytes to hold, expected at most {self.free:,}, which are free of "
                     f"{self.total:,}; use more workers, or give them more --memory"
                 )

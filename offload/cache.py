@@ -71,6 +71,10 @@ class OffloadedCache(seqpar.KVCache):
         self._remote = RemoteMemory(shape, self._workers, self._placement)
         return self._remote
 
+    def resident_pages(self, row: int = 0) -> list[int]:
+        """Refused: pages are on workers."""
+        raise ValueError("resident_pages: got an offloaded cache, expected one whose pages are here; see its ledger")
+
     @property
     def ledger(self) -> Ledger:
         """Who holds what; ``print`` it."""
@@ -85,8 +89,10 @@ class OffloadedCache(seqpar.KVCache):
             heads, segment: of the part to move, as the ledger names them; all of the sequence's by default.
 
         Raises:
-            ValueError: for no such part or worker, or where it lacks the memory: everything is then where it was.
-            WorkerLost: where one of both is lost. A part is where it was, or where it should go.
+            ValueError: for no such part or worker, or where it lacks the memory.
+            WorkerLost: where one of both is lost.
+
+        Each part is then in full where it was, or where it should go.
         """
         self._rows([sequence])
         target = LOCAL if to is None else to
@@ -118,10 +124,11 @@ class OffloadedCache(seqpar.KVCache):
     def lost_rows(self, lengths: Sequence[int]) -> list[int]:
         """Sequences that can't go on from these lengths unless they are written anew.
 
-        Those of which a lost worker held something; and where the mask forgets keys, those that had got further by more
-        than a chunk.
+        Those of which a lost worker held something, also before an earlier :meth:`restore`; and where the mask forgets
+        keys, those that had got further by more than a chunk.
         """
         rows = {p.row for member, parts in self._remote.by_member() if member.lost is not None for p in parts}
+        rows |= {row for layer in self._lengths for row, n in enumerate(layer) if n < lengths[row]}
         if self._rooms.forgets:
             furthest = (max(layers) for layers in zip(*self._written, strict=True))
             both = enumerate(zip(furthest, lengths, strict=True))
@@ -142,15 +149,18 @@ class OffloadedCache(seqpar.KVCache):
         check_int("rows", len(lengths), least=self.batch, remedy="give the length of each")
         living = self._workers.alive
         lost = [part for part in self._remote.parts if part.holder not in (LOCAL, *living)]
-        if lost and not living:
-            raise WorkerLost("of all", self.lost_rows(lengths), "none is left")
+        if lost and all(member.leaving for member in living.values()):
+            gone = self._workers.members[lost[-1].holder]
+            reason = f"{gone.lost}; no other worker is left that stays"
+            raise WorkerLost(gone.name, self.lost_rows(lengths), reason)
         for member in living.values():
             member.drain()
+        wanted = [0 if row in rebuilt else length for row, length in enumerate(lengths)]
+        self._set_lengths(wanted)
         if lost:
             self._remote.place(lost)
-        wanted = [0 if row in rebuilt else length for row, length in enumerate(lengths)]
         self._remote.truncate(wanted)
-        self._set_lengths(wanted)
+        self._remote.check_whole()
 
     def release(self) -> None:
         """Have the workers free all of it; the cache is of no more use."""

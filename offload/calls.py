@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ class Call:
         self, q: Tensor | None, k: Tensor, v: Tensor, scale: float, kernel: Kernel, into: Partial | None
     ) -> None:  # fmt: skip
         """q ``[B, T, H, D]``, k and v ``[B, T, Hkv, D]``; what queries find is merged into ``into``."""
+        for member, _ in self.members:
+            member.drain()  # of a call that failed half-way, of another cache perhaps
+        self._began = time.monotonic()
         # Who has queries must get keys too, or would wait for them: a loss is told when all have all.
         losses: list[WorkerLost] = []
         if q is not None:
@@ -68,7 +72,14 @@ class Call:
     ) -> None:  # fmt: skip
         counts = None if self._uniform else tuple(self.appended[part.row].new for part in parts)
         roster = member.roster(tuple(part.shard for part in parts), counts)
-        member.send(kind, *pieces, layer=self.layer, tokens=self.tokens, roster=roster, dtype=self.dtype, **fields)
+        member.send(
+            kind, *pieces, layer=self.layer, tokens=self.tokens, roster=roster, dtype=self.dtype,
+            deadline=self._left(member), **fields,
+        )  # fmt: skip
+
+    def _left(self, member: Member) -> float:
+        """Seconds of this call's deadline, which all its members share."""
+        return max(0.05, member.channel.deadline - (time.monotonic() - self._began))
 
     def _kept(self, part: Part, x: Tensor) -> Tensor:
         """The new tokens' rows ``[N, D]`` that are kept in a part, of one head each."""
@@ -96,7 +107,7 @@ class Call:
         accumulator = accumulator_dtype(dtype)
         if self.wants_lse:
             shapes += [(n, self.tokens * accumulator.itemsize // dtype.itemsize) for n in heads]
-        found = [x.to(into.out.device) for x in member.answer(Kind.RESULT, dtype, shapes)]
+        found = [x.to(into.out.device) for x in member.answer(Kind.RESULT, dtype, shapes, self._left(member))]
         for number, part in enumerate(parts):
             view = _view(into, part)
             if self.wants_lse:

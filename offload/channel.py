@@ -165,6 +165,7 @@ class Channel:
         roster: int = 0,
         argument: int = 0,
         dtype: torch.dtype | None = None,
+        deadline: float | None = None,
     ) -> None:
         """Start sending a frame of ``tensors`` (any device and strides, one dtype) or of a ``text``.
 
@@ -177,6 +178,7 @@ class Channel:
             flags: bits of :data:`~seqpar.offload.frames.MEANINGS`.
             layer, tokens, roster, argument: the header's numbers.
             dtype: what the header says where there are no tensors; with some, theirs.
+            deadline: seconds to wait for others to leave; None: the channel's.
 
         Raises:
             ValueError: a payload over the limit or of several types; nothing was sent.
@@ -199,7 +201,7 @@ class Channel:
         header = encode(
             Header(kind, sequence, size, dtype, flags | (APART if apart else 0), layer, tokens, roster, argument)
         )
-        self._make_room(size)
+        self._make_room(size, self.deadline if deadline is None else deadline)
         inside = 0 if apart else size
         message = torch.empty(_OVERHEAD + inside, dtype=torch.uint8)
         raw = message.numpy().data
@@ -309,9 +311,9 @@ class Channel:
         if len(types) > 1:
             raise ValueError(f"tensors: got {sorted(map(str, types))}, expected one dtype in a frame; convert them")
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, deadline: float) -> None:
         frames, total = self._window
-        end = time.monotonic() + self.deadline
+        end = time.monotonic() + deadline
         while self._unsent and (len(self._unsent) >= frames or self._unsent_bytes + size > total):
             self._wait_for_oldest(end)
 
@@ -376,6 +378,6 @@ def _wait(work: Any, seconds: float, *, polled: bool = False) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    message = str(error).split("\n")[0]
+    message = str(error).split("\n")[0].split(". This is")[0]
     # gloo begins with the place in its source
     return message.split("] ", 1)[1] if message.startswith("[/") and "] " in message else message

@@ -22,3 +22,11 @@ class WorkerLost(ConnectionError):
 
 class WorkerRefused(ValueError):
     """An attention worker did not accept a request; the connection goes on."""
+
+
+class NoRoom(ValueError):
+    """No worker has the memory that is asked for."""
+
+
+class NoRoomThere(WorkerRefused, NoRoom):
+    """A worker lacks the memory that it had when it was asked how much it has."""

@@ -13,12 +13,16 @@ from seqpar.shards import Step
 
 from .calls import Call
 from .dialect import DTYPES, cut
-from .errors import WorkerLost
+from .errors import NoRoomThere, WorkerLost
 from .frames import Kind
 from .mask_text import to_text
 from .parts import Part, Shape
 from .placement import LOCAL, Held, Placement, assign
 from .workers import Member, Workers
+
+_TRIES = 8
+_WORK = 1 << 37
+"""Multiplications to a call, at most: seconds of one core, well within a deadline."""
 
 
 class RemoteMemory:
@@ -35,6 +39,7 @@ class RemoteMemory:
             for each in cuts
         ]
         self._is_partial, self._is_torn = placement.segments > 1, False
+        self._is_released = False
         self._by_member: list[tuple[Member, list[Part]]] | None = None
         stay = [part for part in self.parts if cuts.index(part.cut) < placement.local]
         for part in stay:
@@ -48,7 +53,17 @@ class RemoteMemory:
         return sum(part.here.nbytes for part in self.parts if part.here is not None)
 
     def place(self, parts: Sequence[Part]) -> None:
-        """Find workers for these parts, and open them there, empty: where memory is free, all of them or none."""
+        """Find workers for these parts, and open them there, empty: where memory is free, all of them or none.
+
+        Again where another rank was faster. Raises NoRoom, and :class:`WorkerLost`.
+        """
+        for _ in range(_TRIES):
+            with suppress(NoRoomThere):
+                self._open(self._found(parts), length=0)
+                return
+        self._open(self._found(parts), length=0)
+
+    def _found(self, parts: Sequence[Part]) -> list[tuple[Part, int]]:
         free, found = self.workers.free(), list[tuple[Part, int]]()
         for row in dict.fromkeys(part.row for part in parts):
             mine = [part for part in parts if part.row == row]
@@ -57,7 +72,7 @@ class RemoteMemory:
             for part, number in zip(mine, assign([self.size(p) for p in mine], free, taken), strict=True):
                 free[number] -= self.size(part)
                 found.append((part, number))
-        self._open(found, length=0)
+        return found
 
     def _open(self, found: Sequence[tuple[Part, int]], length: int) -> None:
         opened = list[tuple[Member, list[int]]]()
@@ -70,8 +85,7 @@ class RemoteMemory:
                 opened.append((member, list(ids)))
         except Exception:
             for member, numbers in opened:
-                if member.lost is None:
-                    member.ask(Kind.FREE, text={"shards": numbers})
+                self._free(member, numbers)
             raise
         for member, numbers in opened:
             for part, shard in zip([part for part, n in found if n == member.number], numbers, strict=True):
@@ -105,14 +119,15 @@ class RemoteMemory:
 
         Queries leave first: workers attend to older keys while the new ones are on their way.
         """
-        self._check_whole()
+        self.check_whole()
         members, here, found = self.by_member(), [part for part in self.parts if part.here is not None], None
         if q is not None:
             found = Partial.empty(q, v.shape[3])
             if sinks is not None:
                 found.lse.copy_(sinks.view(1, -1, 1).expand_as(found.lse))
         self._is_torn = True
-        for new, appended in cut(step.appended, step.tokens, self._most(q is not None)):
+        longest = max(row.length for row in step.appended)
+        for new, appended in cut(step.appended, step.tokens, self._most(q is not None, longest)):
             queries = None if q is None else q[:, new]
             into = None if found is None else Partial(found.out[:, new], found.lse[:, :, new])
             call = Call(
@@ -124,15 +139,18 @@ class RemoteMemory:
         return found
 
     def truncate(self, lengths: Sequence[int | None]) -> None:
-        """See :meth:`seqpar.shards.Memory.truncate`. What is left of a call that failed half-way is gone then."""
+        """See :meth:`seqpar.shards.Memory.truncate`. What is left of a call that failed half-way is gone then.
+
+        Lost workers are passed over: the next call tells of them.
+        """
         for member, parts in self.by_member():
-            member.drain()
             chosen = [part for part in parts if lengths[part.row] is not None]
-            if chosen:
-                member.ask(
-                    Kind.TRUNCATE,
-                    text={"shards": [p.shard for p in chosen], "lengths": [lengths[p.row] for p in chosen]},
-                )
+            if chosen and member.lost is None:
+                with suppress(WorkerLost):
+                    member.ask(
+                        Kind.TRUNCATE,
+                        text={"shards": [p.shard for p in chosen], "lengths": [lengths[p.row] for p in chosen]},
+                    )
         self._is_torn &= None in lengths
 
     def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
@@ -169,6 +187,7 @@ class RemoteMemory:
 
     def move(self, part: Part, to: int, length: int) -> None:
         """Give a part of a text of so many tokens to another holder: it is there in full, or where it was."""
+        self.check_whole()
         before = Part(**vars(part))
         moved = Part(**vars(part))
         if to == LOCAL:
@@ -178,15 +197,21 @@ class RemoteMemory:
         try:
             self._copy(before, moved, length)
         except Exception:
-            if to != LOCAL and self.workers.members[to].lost is None:
-                self.workers.members[to].drain()
-                self.workers.members[to].ask(Kind.FREE, text={"shards": [moved.shard]})
+            if to != LOCAL:
+                self._free(self.workers.members[to], [moved.shard])
+            self._count_holds()
             raise
         part.holder, part.shard, part.here = moved.holder, moved.shard, moved.here
-        if before.holder != LOCAL and self.workers.members[before.holder].lost is None:
-            with suppress(WorkerLost):  # one that leaves may have left before it said so
-                self.workers.members[before.holder].ask(Kind.FREE, text={"shards": [before.shard]})
+        if before.holder != LOCAL:
+            self._free(self.workers.members[before.holder], [before.shard])
         self._count_holds()
+
+    @staticmethod
+    def _free(member: Member, shards: list[int]) -> None:
+        """Have a worker free shards, unless it is lost, or has left as it should: they are free then."""
+        if member.lost is None:
+            with suppress(WorkerLost):
+                member.ask(Kind.FREE, text={"shards": shards})
 
     def _copy(self, before: Part, moved: Part, length: int) -> None:
         rows = before.rooms.used(length)
@@ -201,18 +226,19 @@ class RemoteMemory:
     def release(self) -> None:
         """Have living workers free everything."""
         for member, parts in self.by_member():
-            if member.lost is None:
-                member.drain()
-                member.ask(Kind.FREE, text={"shards": [part.shard for part in parts]})
-        self.parts = []
-        self._count_holds()
+            self._free(member, [part.shard for part in parts])
+        self.parts, self._is_released = [], True
+        self._by_member = None
+        for member in self.workers.members.values():
+            member.held.pop(self, None)
 
     def _read(self, part: Part, layer: int, first: int, rows: Tensor) -> list[Tensor]:
         if part.here is not None:
             return [x[layer][0, :, 0].index_select(0, rows.to(x[layer].device)) for x in (part.here.k, part.here.v)]
         member = self.workers.members[part.holder]
-        frame = member.ask(Kind.FETCH, layer=layer, tokens=len(rows), roster=part.shard, argument=first)
-        return frame.tensors(*((len(rows), dim) for dim in self.shape.head_dim))
+        member.drain()
+        member.send(Kind.FETCH, layer=layer, tokens=len(rows), roster=part.shard, argument=first, replies=True)
+        return member.answer(Kind.RESULT, self.shape.dtype, [(len(rows), dim) for dim in self.shape.head_dim])
 
     def _write(self, part: Part, layer: int, first: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         if part.here is not None:
@@ -222,8 +248,10 @@ class RemoteMemory:
         member = self.workers.members[part.holder]
         member.send(Kind.STORE, k, v, layer=layer, tokens=len(rows), roster=part.shard, argument=first)
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
         """Nothing is sent to some of the workers where others are lost, or have another step behind them."""
+        if self._is_released:
+            raise ValueError("offloaded cache: got a call after release(), expected none; make another cache")
         for member, _ in self.by_member():
             member.check()
         if self._is_torn:
@@ -256,9 +284,12 @@ class RemoteMemory:
         members = [self.workers.members[part.holder] for part in parts if part.holder != LOCAL]
         return min((member.channel.limit for member in members), default=1 << 30)
 
-    def _most(self, with_queries: bool) -> int:
-        """Tokens whose frames are within the limit, whichever way they go."""
-        every = (member.channel.limit // token for member, token in self._token_bytes(with_queries))
+    def _most(self, with_queries: bool, length: int) -> int:
+        """Tokens whose frames are within the limit, whichever way they go, and whose attention is done in time."""
+        every = [member.channel.limit // token for member, token in self._token_bytes(with_queries)]
+        if with_queries:
+            products = self.shape.batch * self.shape.heads[0] * sum(self.shape.head_dim) * length
+            every.append(_WORK // max(1, products))
         return max(1, min(every, default=1 << 30))
 
     def _token_bytes(self, with_queries: bool) -> Iterator[tuple[Member, int]]:

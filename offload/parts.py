@@ -32,7 +32,7 @@ class Shape:
         """Of a part of one sequence."""
         return Rooms(
             self.mask, self.heads[1], heads=part.heads, place=(part.segment, part.segments), capacity=self.capacity,
-            chunk=self.chunk, page=self.page,
+            chunk=self.chunk, page=self.page, remembers=2 * self.batch + 8,
         )  # fmt: skip
 
     def bytes_of(self, rooms: Rooms) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from seqpar.comm.reduction import even_shares
 from seqpar.masks import check_int
 
+from .errors import NoRoom
+
 LOCAL = -1
 """The holder that is the model rank itself."""
 
@@ -84,10 +86,6 @@ def assign(sizes: Sequence[int], free: Mapping[int, int], taken: Mapping[int, in
         held[best] += 1
         found.append(best)
     return found
-
-
-class NoRoom(ValueError):
-    """No worker has the memory that is asked for."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqpar.kernels import Kernel, Partial
+from seqpar.kernels import Kernel, Partial, accumulator_dtype
 from seqpar.shards import Shard, Step, meet_itself
 from seqpar.stores import Appended
 
@@ -33,6 +33,8 @@ class Roster:
         self.shards, self.counts, self.dtype = list(shards), counts, shards[0].dtype
         both = sum(kept.shard.rooms.heads * sum(kept.head_dim) for kept in shards)
         self.token_bytes = both * self.dtype.itemsize  # of a token's keys and values
+        out = sum(kept.heads * kept.head_dim[1] for kept in shards) * self.dtype.itemsize
+        self.answer_bytes = out + sum(kept.heads for kept in shards) * accumulator_dtype(self.dtype).itemsize
 
     def steps(self, layer: int, tokens: int) -> list[Step]:
         """What each shard does with so many new tokens. Raises ValueError where it has no room, or no such layer."""
@@ -80,7 +82,7 @@ class Roster:
         """What was found of the older keys, and of the new ``rows``, which have been written."""
         merged, both = [], zip(rows[: len(steps)], rows[len(steps) :], strict=True)
         for kept, step, q, part, (k, v) in zip(self.shards, steps, queries, found, both, strict=True):
-            if step.tokens == step.appended[0].new == 1 and len(k) == step.rooms.heads:
+            if step.tokens == step.appended[0].new == 1 and len(k) == step.rooms.heads and step.rooms.sees_itself:
                 merged.append(meet_itself(part, q.unsqueeze(0), k, v, scale))
             else:
                 merged.append(kept.shard.meet(layer, step, part, q.unsqueeze(0), scale=scale, kernel=kernel))

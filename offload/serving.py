@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from .budget import Budget
 from .channel import LARGEST, Channel, Lost
-from .frames import FrameError
+from .frames import FrameError, Kind
 from .meeting import Porch
 from .session import Common, Session
 
-CONNECTIONS, LEASE, MEMORY_SHARE = 64, 600.0, 0.8
+CONNECTIONS, LEASE, MEMORY_SHARE = 64, 86_400.0, 0.8
 _POLL = 0.02
 
 
@@ -65,6 +65,8 @@ class Worker:
             if self.common.leaving and self.is_empty:
                 break
             if not open_door:
+                if not self.common.leaving and not self.common.sessions:
+                    raise Lost("the store is gone, and so are those who had come before")
                 continue
             try:
                 for caller in self._porch.waiting():
@@ -98,6 +100,11 @@ class Worker:
             return
         channel = Channel(link, limit=self._limit, deadline=self._deadline, ahead=2)
         if len(self.common.sessions) >= self._connections:
+            with contextlib.suppress(Lost, FrameError):
+                channel.receive()
+                text = {"error": f"{self._connections} connections are open, the most that it may have"}
+                channel.send(Kind.REFUSED, text=text)
+                channel.flush()
             channel.close()
             self._report(f"caller {caller} was turned away: {self._connections} connections are open, the most")
             return

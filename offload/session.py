@@ -20,6 +20,7 @@ from seqpar.validation import check_scale
 from .budget import Budget
 from .channel import Channel, Frame
 from .dialect import DTYPES, LEAVING, MOST, PAGES, ROSTERS, SHARDS, STREAMS, WANTS_LSE, as_dtype, float_of, size_of
+from .errors import NoRoom
 from .frames import FrameError, Kind
 from .mask_text import from_text
 from .rosters import Kept, Roster
@@ -89,27 +90,30 @@ class Session:
         kind = frame.header.kind
         if kind not in self._answers:
             raise FrameError("kind", kind.name, "a request")
+        streams = kind in (Kind.ROSTER, Kind.STORE) or (kind is Kind.APPEND and frame.header.flags & STREAMS)
         try:
+            if self._wrong is not None and not streams:
+                reason, self._wrong = self._wrong, None
+                if kind is Kind.ATTEND:
+                    self._skip_keys()
+                raise ValueError(reason)
             self._answers[kind](frame)
         except FrameError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, ArithmeticError, MemoryError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            if kind in (Kind.ROSTER, Kind.STORE) or (kind is Kind.APPEND and frame.header.flags & STREAMS):
+            if streams:
                 self._wrong = self._wrong or reason
             else:
-                self._refuse(reason)
+                self._refuse(reason, is_memory=isinstance(error, NoRoom | MemoryError))
 
     def _answer(self, kind: Kind, *tensors: Tensor, **fields: Any) -> None:
-        if self._wrong is not None:
-            reason, self._wrong = self._wrong, None
-            self._refuse(reason)
-            return
         flags = LEAVING if self.common.leaving else 0
         self.channel.send(kind, *tensors, flags=flags, **fields)
 
-    def _refuse(self, reason: str) -> None:
-        self.channel.send(Kind.REFUSED, text={"error": reason[:2000]}, flags=LEAVING if self.common.leaving else 0)
+    def _refuse(self, reason: str, *, is_memory: bool) -> None:
+        text = {"error": reason[:2000], "memory": is_memory}
+        self.channel.send(Kind.REFUSED, text=text, flags=LEAVING if self.common.leaving else 0)
 
     def _done(self, frame: Frame) -> None:
         self._answer(Kind.DONE, text={})
@@ -174,11 +178,10 @@ class Session:
             kept = self.shards.pop(number, None)
             if kept is not None:
                 self.common.budget.give_back(kept.size)
-        gone = [
-            key for key, roster in self._rosters.items() if any(x not in self.shards.values() for x in roster.shards)
-        ]
-        for key in gone:
-            del self._rosters[key]
+        left = set(map(id, list(self.shards.values())))
+        for key, roster in list(self._rosters.items()):
+            if any(id(kept) not in left for kept in roster.shards):
+                self._rosters.pop(key, None)  # the thread that ends this session may have
 
     def _name(self, frame: Frame) -> None:
         text = frame.text()
@@ -211,6 +214,8 @@ class Session:
         self.channel.expect()
         try:
             roster, scale = self._roster(frame), float_of(header.argument)
+            if header.tokens * roster.answer_bytes > self.channel.limit:
+                raise ValueError(f"tokens: got {header.tokens}, expected fewer, whose output fits a frame")
             check_scale(scale)
             steps = roster.steps(header.layer, header.tokens)
             queries = self._tensors(frame, roster.queries_shapes(header.tokens))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .channel import Channel, Frame, Lost
 from .dialect import LEAVING, ROSTERS
-from .errors import WorkerLost, WorkerRefused
+from .errors import NoRoomThere, WorkerLost, WorkerRefused
 from .frames import FrameError, Kind
 from .meeting import join_store, knock, workers
 
@@ -118,17 +118,29 @@ class Member:
         self.owed -= 1
         self.leaving |= bool(frame.header.flags & LEAVING)
         if text is not None:
-            raise WorkerRefused(f"attention worker {self.name}: {text.get('error', 'refused')}")
+            refusal = NoRoomThere if text.get("memory") else WorkerRefused
+            raise refusal(f"attention worker {self.name}: {text.get('error', 'refused')}")
         return frame
 
     def ask(self, kind: Kind, *tensors: Tensor, **fields: Any) -> Frame:
-        """Send a frame and wait for its answer."""
+        """Send a frame and wait for its answer, after those that nobody waits for any more."""
+        self.drain()
         self.send(kind, *tensors, replies=True, **fields)
         return self.reply()
 
-    def answer(self, kind: Kind, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    def told(self, kind: Kind) -> dict[str, Any]:
+        """What it says when it is asked; what is no text is a loss."""
+        frame = self.ask(kind)
+        try:
+            return frame.text()
+        except FrameError as error:
+            raise self._gone(error) from error
+
+    def answer(
+        self, kind: Kind, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], deadline: float | None = None
+    ) -> list[Tensor]:  # fmt: skip
         """The next answer's tensors, views until the second-next answer; one of another kind or size is a loss."""
-        frame = self.reply()
+        frame = self.reply(deadline)
         try:
             if frame.header.kind is not kind or frame.header.dtype is not dtype:
                 got = f"{frame.header.kind.name} of {frame.header.dtype}"
@@ -143,16 +155,17 @@ class Member:
         if key not in self._rosters:
             if len(self._rosters) >= ROSTERS:  # the worker forgets its oldest likewise
                 del self._rosters[next(iter(self._rosters))]
-            self._rosters[key] = self.next_roster
-            self.send(Kind.ROSTER, text={"shards": shards, "counts": counts}, roster=self.next_roster)
-            self.next_roster += 1
+            number, self.next_roster = self.next_roster, self.next_roster + 1
+            self.send(Kind.ROSTER, text={"shards": shards, "counts": counts}, roster=number)
+            self._rosters[key] = number
         return self._rosters[key]
 
     def drain(self) -> None:
         """Take in the answers that nobody waits for any more."""
+        end = time.monotonic() + self.channel.deadline
         while self.owed:
             try:
-                self.reply()
+                self.reply(max(0.05, end - time.monotonic()))
             except WorkerRefused:
                 continue
 
@@ -251,14 +264,19 @@ class Workers:
         for number, member in self.alive.items():
             if member.leaving:  # and perhaps gone, as it should
                 continue
-            status = self.status_of(member)
+            try:
+                status = self.status_of(member)
+            except WorkerLost:
+                if member.holds:
+                    raise
+                continue  # nothing is lost with it
             if not member.leaving:
                 found[number] = int(status["free"])
         return found
 
     def status_of(self, member: Member) -> dict[str, Any]:
         """What a worker says of itself: bytes free and in all, sequences' shards, connections, busy seconds."""
-        return member.ask(Kind.STATUS).text()
+        return member.told(Kind.STATUS)
 
     def close(self) -> None:
         """Leave the workers, which free what they kept for this rank. Never raises, never waits."""

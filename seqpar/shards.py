@@ -33,17 +33,19 @@ class Rooms:
         capacity: tokens that a text may have.
         chunk: the most tokens appended at once where the mask forgets keys.
         page: tokens of a page; the mask's block where it has stripes.
+        remembers: so many steps of each kind.
 
     Attributes:
         groups, stores: heads counted from the shard's first.
         rows: of one head each, in all, to a batch row and layer.
         page: tokens of a page.
         forgets: whether the mask lets keys go.
+        sees_itself: whether a token whose key is kept here sees it here.
     """
 
     def __init__(
         self, mask: Mask, kv_heads: int, *, capacity: int, chunk: int, heads: range | None = None,
-        place: tuple[int, int] = (0, 1), page: int | None = None,
+        place: tuple[int, int] = (0, 1), page: int | None = None, remembers: int = 8,
     ) -> None:  # fmt: skip
         if mask.documents is not None:
             raise ValueError(f"KVCache: got {mask!r}, expected a mask without documents; give each its own cache")
@@ -66,9 +68,12 @@ class Rooms:
                     stores.append(store)
                     self.rows += store.rows * len(store.heads)
         self.stores = tuple(stores)
+        # Where one holder keeps a key for later, in its stripe, another may have it now, in the band.
+        stripes = any(part.stripes is not None for group in self.groups for part in group.parts)
+        self.sees_itself = place[1] == 1 or not stripes
         self.forgets = any(int(limits(part, last)[0]) > 0 for group in self.groups for part in group.parts)
-        self.step = lru_cache(maxsize=8)(self._step)  # all layers take the same
-        self.kept = lru_cache(maxsize=32)(self._kept)
+        self.step = lru_cache(maxsize=remembers)(self._step)  # all layers take the same
+        self.kept = lru_cache(maxsize=remembers)(self._kept)
 
     def _step(self, appended: tuple[Appended, ...], tokens: int) -> Step:
         """What every layer does with new tokens, each batch row's the last of ``tokens``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from seqpar import Causal, Chunked, Mask, PerHead, SinkWindow, SlidingWindow, SparselySharded
-from seqpar.offload import OffloadedCache, Placement, WorkerRefused, Workers
+from seqpar import Causal, Chunked, KVCache, Mask, PerHead, SinkWindow, SlidingWindow, SparselySharded
+from seqpar.offload import OffloadedCache, Placement, Turns, WorkerLost, WorkerRefused, Workers
+from seqpar.offload.channel import Frame
+from seqpar.offload.dialect import bits_of
 from seqpar.offload.frames import Kind
 from support.offload import FRAME, Crew, crew, free_of, moved
 from support.oracle import dense_attention, error
@@ -108,6 +112,81 @@ def whole(name: str) -> Tensor:
 def append(cache: OffloadedCache, count: int, **options: Any) -> Tensor:
     new = slice(cache.length, cache.length + count)
     return cache.attend(*(x[:, new] for x in inputs(cache._dtype, cache.batch)), **options)
+
+
+@pytest.mark.parametrize(("band", "segments"), [(1, 2), (2, 3)])
+def test_a_head_s_stripes_and_band_on_different_holders(band: int, segments: int, crews: dict[int, Crew]) -> None:
+    """Token by token: a key that is kept for later in one place is seen now in another, and counts once."""
+    mask, shape = (
+        SparselySharded(block=16, local_blocks=band, stride=4),
+        {"heads": (8, 4), "head_dim": 8, "capacity": 200},
+    )
+    generator = torch.Generator().manual_seed(0)
+    with crews[4].join() as workers:
+        cut = Placement(heads=4, segments=segments)
+        cache = OffloadedCache(mask, workers=workers, placement=cut, dtype=torch.float64, **shape)
+        local = KVCache(mask, dtype=torch.float64, **shape)
+        for _ in range(80):
+            q, k, v = (torch.randn(1, 1, n, 8, generator=generator, dtype=torch.float64) for n in (8, 4, 4))
+            assert error(cache.attend(q, k, v), local.attend(q, k, v)) <= 1e-12
+
+
+def test_queries_go_first(crews: dict[int, Crew]) -> None:
+    """The worker attends to older keys while the new ones are still to come."""
+    with crews[1].join() as workers, crews[1].join() as others:
+        shape = {"heads": (8, 4), "head_dim": 8, "capacity": 4096}
+        cache = OffloadedCache(Causal(), workers=workers, **shape)
+        cache.attend(*(torch.randn(1, 4000, n, 8) for n in (8, 4, 4)))
+        ((member, _),) = cache._remote.by_member()
+        (other,) = others.members.values()
+        before = others.status_of(other)["busy"]
+        roster = member.roster(tuple(part.shard for part in cache._remote.parts), None)
+        about = {"layer": 0, "tokens": 1, "roster": roster}
+        member.send(Kind.ATTEND, torch.randn(8, 8), replies=True, argument=bits_of(0.3), **about)
+        while others.status_of(other)["busy"] == before:
+            time.sleep(0.01)
+        assert member.channel.received.by_kind[Kind.RESULT][0] == member.channel.sent.by_kind[Kind.ATTEND][0] - 1
+        member.send(Kind.APPEND, torch.randn(2, 4, 8), **about)
+        assert member.reply().header.kind is Kind.RESULT
+
+
+def test_a_batch_that_waits_for_its_worker_lets_another_compute(crews: dict[int, Crew]) -> None:
+    turns, computed = Turns(), threading.Event()
+    with turns.mine(), crews[1].join(turns=turns) as workers:
+        (member,) = workers.members.values()
+        channel = member.channel
+        receive = channel.receive
+
+        def meanwhile(deadline: float | None = None) -> Frame:
+            assert computed.wait(20)
+            return receive(deadline)
+
+        def compute() -> None:
+            with turns.mine():
+                computed.set()
+
+        channel.receive = meanwhile  # type: ignore[method-assign]
+        other = threading.Thread(target=compute)
+        other.start()
+        workers.status_of(member)
+        other.join()
+
+
+def test_answers_of_a_call_that_failed_are_nobody_else_s() -> None:
+    """Two caches share connections; what a healthy worker still answered to the first is not the second's."""
+    with crew({}, {}) as two, two.join(deadline=10) as workers:
+        shape = {"heads": (8, 4), "head_dim": 8, "capacity": 64, "placement": Placement(heads=1)}
+        first = OffloadedCache(Causal(), workers=workers, batch=2, **shape)
+        second = OffloadedCache(Causal(), workers=workers, **shape)
+        second.migrate(0, 1)
+        local = KVCache(Causal(), heads=(8, 4), head_dim=8, capacity=64)
+        q, k, v = (torch.randn(2, 3, n, 8) for n in (8, 4, 4))
+        first.attend(q, k, v)
+        two.kill(workers.members[0])
+        with pytest.raises(WorkerLost):
+            first.attend(q, k, v)
+        for _ in range(3):
+            assert error(second.attend(q[:1], k[:1], v[:1]), local.attend(q[:1], k[:1], v[:1])) <= 1e-6
 
 
 @pytest.mark.parametrize("place", PLACES)

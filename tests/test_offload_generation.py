@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
 from seqpar.integrations import huggingface
-from seqpar.offload import Placement, Turns, WorkerLost, Workers
+from seqpar.offload import OffloadedCache, Placement, Turns, WorkerLost, Workers
 from support.offload import MEMORY, Crew, crew, free_of, moved
 from support.oracle import error
 
@@ -202,8 +202,34 @@ def test_a_loss_that_is_not_made_up_for_has_a_name_and_leaves_nothing_half_done(
         with pytest.raises(WorkerLost, match=r"attention worker 0 \(w0\) was lost, which held part of seq") as caught:
             check(held, "llama", 8, 40, {5: kill})
         assert (caught.value.worker, caught.value.sequences) == ("0 (w0)", rows)
+        assert [each.lengths for each in held.caches.values()] == lengths[0]
+        assert held.get_seq_length() == max(lengths[0][0])
         with pytest.raises(WorkerLost, match=r"attention worker 0 \(w0\)"):
-            held.caches.popitem()[1].truncate(0)
+            held.offloaded[0].attend(*(torch.zeros(8, 1, heads, 8) for heads in (8, 4, 4)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+def test_a_second_loss_while_the_first_is_made_up_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with crew({}, {}, {}, {}) as four, four.join() as workers:
+        held = cache_on(workers, name, 8, 20, placement=Placement(heads=1), loss="recompute")
+        restore, restored = OffloadedCache.restore, list[OffloadedCache]()
+
+        def and_lose(cache: OffloadedCache, *lengths: Any) -> None:
+            restore(cache, *lengths)
+            restored.append(cache)
+            if len(restored) == 1:
+                four.kill(workers.members[2])
+
+        monkeypatch.setattr(OffloadedCache, "restore", and_lose)
+        check(held, name, 8, 20, {5: lambda: four.kill(workers.members[0])})
+        assert {loss.worker for loss in held.losses} == {"0 (w0)", "2 (w2)"}
+
+
+def test_a_loss_that_fits_nowhere_else_names_the_worker() -> None:
+    with crew(*[{"memory": 180_000}] * 2) as two, two.join() as workers:
+        held = cache_on(workers, "llama", 8, 40, placement=Placement(heads=1), loss="recompute")
+        with pytest.raises(WorkerLost, match=r"worker 0 \(w0\) was lost, .*; what it held fits nowhere else"):
+            check(held, "llama", 8, 40, {5: lambda: two.kill(workers.members[0])})
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-oss"])

@@ -88,6 +88,7 @@ class OffloadedGeneration(ShardedCache):
             self._seen = before.seen
             raise
         if self.recompute:
+            assert tokens is not None, "checked above"
             self._remember(tokens, before)
         return found
 
@@ -148,7 +149,7 @@ class OffloadedGeneration(ShardedCache):
                 self._read_again(forward, rows)
                 break
             except WorkerLost as loss:
-                if not self.workers.alive:
+                if all(member.leaving for member in self.workers.alive.values()):
                     raise
                 self.losses.append(loss)
         self._seen = before.seen

@@ -92,7 +92,7 @@ class Session:
             raise FrameError("kind", kind.name, "a request")
         streams = kind in (Kind.ROSTER, Kind.STORE) or (kind is Kind.APPEND and frame.header.flags & STREAMS)
         try:
-            if self._wrong is not None and not streams:
+            if self._wrong is not None and not streams and kind is not Kind.FREE:  # which only cleans up
                 reason, self._wrong = self._wrong, None
                 if kind is Kind.ATTEND:
                     self._skip_keys()

@@ -123,12 +123,12 @@ def test_two_hundred_tokens(number: int, segments: bool, batch: int, crews: dict
 
 
 @pytest.mark.parametrize(
-    ("number", "cut"),
-    [(1, Placement(local=1)), (2, Placement(heads=4, local=3)), (4, Placement(heads=2, segments=2)),
-     (2, Placement(heads=2, segments=3, local=2))],
+    ("name", "number", "cut"),
+    [("llama", 2, Placement(heads=4, local=3)), ("mistral", 4, Placement(heads=2, segments=2)),
+     ("gpt-oss", 1, Placement(local=1)), ("gpt-oss", 4, Placement(heads=2, segments=2)),
+     ("gpt-oss", 2, Placement(heads=2, segments=3, local=2))],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("name", MODELS)
 def test_windows_sinks_and_other_cuts(name: str, number: int, cut: Placement, crews: dict[int, Crew]) -> None:
     with crews[number].join() as workers:
         check(cache_on(workers, name, 8, 40, placement=cut), name, 8, 40)

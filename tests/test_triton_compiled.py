@@ -30,11 +30,11 @@ def compiler() -> Iterator[Executor]:
 def test_every_shipped_configuration_compiles(
     architecture: str, kernel: str, compiler: Executor, pytestconfig: pytest.Config
 ) -> None:
-    """Too much shared memory would raise, as it would on the GPU. In fp32, which takes longest, on sm_90 alone."""
+    """Too much shared memory would raise, as on the GPU. All rows on sm_90; elsewhere two head dims in 16 bits."""
     rows = [row for row in table() if (row.architecture, row.kernel) == (architecture, kernel)]
     assert {row.bits for row in rows} == {16, 32}
     if architecture != "sm_90" and not pytestconfig.getoption("--full-grid"):
-        rows = [row for row in rows if row.bits == 16]
+        rows = [row for row in rows if row.bits == 16 and row.head_dim in (128, 256)]
     for row, result in zip(rows, compiler.map(compiled, rows), strict=True):
         assert result.serialised == (), row
         assert result.spilled_bytes == 0 or row.head_dim > 128, (row, result)

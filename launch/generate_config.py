@@ -28,6 +28,9 @@ _OF_WORKERS = frozenset(
     }
 )
 
+MOST_WORKERS = 256
+"""More on one machine is a port whose host was forgotten."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -145,6 +148,11 @@ class GenerateConfig:
             check_address("attention_workers", self.attention_workers)
         else:
             at_least(1, "attention_workers", self.num_workers)
+            if self.num_workers > MOST_WORKERS:
+                raise OptionError(
+                    f"--attention-workers is {self.num_workers}; expected at most {MOST_WORKERS} to start here, or "
+                    "HOST:PORT of those that are there"
+                )
         for name in ("schedule", "layout"):
             if getattr(self, name) is not None:
                 raise OptionError(

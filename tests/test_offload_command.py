@@ -320,6 +320,7 @@ REFUSALS = {
     "no workers": (("--worker-loss", "fail"), "--worker-loss got no --attention-workers; expected some"),
     "no ledger": (("--ledger",), "--ledger got no --attention-workers; expected some"),
     "number": (("--attention-workers", 0), "--attention-workers is 0; expected 1 or more"),
+    "port": (("--attention-workers", 29600), "--attention-workers is 29600; expected at most 256 to start here, or"),
     "address": (("--attention-workers", "host"), "--attention-workers is 'host'; expected HOST:PORT"),
     "heads": (("--offload-heads", 0, "--attention-workers", NOBODY), "--offload-heads is 0; expected 1 or more"),
 }

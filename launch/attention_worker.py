@@ -22,6 +22,7 @@ from seqpar.offload.meeting import host_store, join_store
 from seqpar.offload.serving import MEMORY_SHARE
 
 from .attention_worker_config import AttentionWorkerConfig
+from .distributed import cores
 from .errors import FAILED, RunError
 from .spawn import Place
 
@@ -199,8 +200,3 @@ def available_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
             found.append(max(0, int((group / most).read_text()) - int((group / used).read_text())))
     return min(found) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
     from .generate_config import GenerateConfig
     from .loading import Source
+    from .text import Text
 
 
 def closing_tokens(config: GenerateConfig, source: Source) -> tuple[int, ...]:
@@ -50,6 +53,29 @@ def settings(config: GenerateConfig, source: Source) -> GenerationConfig:
 def rows_of(output: Tensor, ends: Sequence[int]) -> list[list[int]]:
     """Generated tokens [B, N], each row's up to the first that closes the text, if any."""
     return [_until_end(row, ends) for row in output.tolist()]
+
+
+def said(
+    prompts: Sequence[Sequence[int]], rows: Sequence[list[int]], text: Text, ends: Sequence[int]
+) -> dict[str, Any]:
+    """What a result says of the tokens generated after each prompt, by its fields."""
+    return {
+        "texts": [
+            text.after(prompt, [token for token in row if token not in ends])
+            for prompt, row in zip(prompts, rows, strict=True)
+        ],
+        "tokens": list(rows),
+        "finished": ["end" if row[-1] in ends else "length" for row in rows],
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "generated_tokens": [len(row) for row in rows],
+    }
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

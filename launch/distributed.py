@@ -116,7 +116,7 @@ def connected(place: Place, *, sp: int, threads: int | None, timeout: float) -> 
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    torch.set_num_threads(threads or max(1, _cores() // place.local_size))
+    torch.set_num_threads(threads or max(1, cores() // place.local_size))
     wait = timedelta(seconds=timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -151,5 +151,6 @@ def _my_group(groups: list[list[int]], wait: timedelta) -> dist.ProcessGroup:
     return next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

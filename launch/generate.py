@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from seqpar.comm import KINDS
 from seqpar.integrations import huggingface
 
-from .decoding import closing_tokens, forget_settings, rows_of, settings
+from .decoding import closing_tokens, forget_settings, now, rows_of, said, settings
 from .distributed import Ranks, connected
 from .errors import RunError
 from .generate_config import GenerateConfig
@@ -121,7 +120,7 @@ class _Generation:
             chunk=config.chunk,
         )
         with contextlib.closing(self._telling()) as telling:
-            began = self._now()
+            began = now(self.ranks.device)
             huggingface.prefill(
                 model,
                 tokens,
@@ -131,7 +130,7 @@ class _Generation:
                 layout=config.layout or "zigzag",
                 progress=telling.prefilled,
             )
-            prefilled = self._now()
+            prefilled = now(self.ranks.device)
             read = int(mask[:, : cache.get_seq_length()].sum())
             cache.world.meter.reset()
             torch.manual_seed(config.seed)
@@ -144,7 +143,7 @@ class _Generation:
                 streamer=telling,
                 generation_config=settings(config, self.source),
             )
-            ended = self._now()
+            ended = now(self.ranks.device)
         return self._collected(output[:, tokens.shape[1] :], cache, read, (prefilled - began, ended - prefilled))
 
     def _telling(self) -> Telling:
@@ -173,14 +172,7 @@ class _Generation:
         figures = ranks.gather([*sent, cache.resident_bytes])
         busiest = figures[int(figures[:, :-1].sum(1).argmax()), :-1].tolist()
         return Result(
-            texts=[
-                text.after(prompt, [token for token in row if token not in ends])
-                for prompt, row in zip(self.prompts, rows, strict=True)
-            ],
-            tokens=rows,
-            finished=["end" if row[-1] in ends else "length" for row in rows],
-            prompt_tokens=[len(prompt) for prompt in self.prompts],
-            generated_tokens=[len(row) for row in rows],
+            **said(self.prompts, rows, text, ends),
             prefilled_tokens=read,
             prefill_seconds=seconds[0],
             decode_seconds=seconds[1],
@@ -189,12 +181,6 @@ class _Generation:
             ranks=ranks.size,
             device=ranks.device.type,
         )
-
-    def _now(self) -> float:
-        """The time in seconds, when the device has done what it was given."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def _digest(tokens: Sequence[Sequence[int]]) -> str:

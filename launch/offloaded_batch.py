@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from seqpar.offload import Placement, Turns, Workers
 from seqpar.offload.frames import Kind
 from seqpar.offload.workers import WAIT, Member
 
-from .decoding import closing_tokens, rows_of, settings
+from .decoding import closing_tokens, now, rows_of, settings
 from .distributed import Ranks
 from .generate_config import GenerateConfig
 from .loading import Source
@@ -98,12 +97,12 @@ class Batch:
             )
             for line in workers.absent:
                 print(f"seqpar generate: {line}; going on without it", file=sys.stderr, flush=True)
-            began = self._now()
+            began = now(self.ranks.device)
             huggingface.prefill(
                 model, tokens, cache, attention_mask=mask, schedule="ring", progress=self._telling.prefilled
             )
             self._meet(self._turns)
-            prefilled, seen, before = self._now(), cache.get_seq_length(), _Wire(workers)
+            prefilled, seen, before = now(self.ranks.device), cache.get_seq_length(), _Wire(workers)
             if config.ledger or config.debug:
                 self._show(cache)
             torch.manual_seed((config.seed + self.number) % 2**63)
@@ -115,7 +114,7 @@ class Batch:
                 streamer=self._telling,
                 generation_config=settings(config, self.source),
             )
-            ended, wire = self._now(), _Wire(workers) - before
+            ended, wire = now(self.ranks.device), _Wire(workers) - before
             return Outcome(
                 tokens=rows_of(output[:, tokens.shape[1] :], closing_tokens(config, self.source)),
                 prefilled_tokens=int(mask[:, :seen].sum()),
@@ -135,12 +134,6 @@ class Batch:
         sys.stderr.write(f"seqpar generate: keys and values of {which.format(*numbers)}:\n{cache.ledger}\n")
         sys.stderr.flush()
 
-    def _now(self) -> float:
-        """The time in seconds, when the device has done what it was given."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 class _Wire:
     """Bytes of payload that went to and came from workers so far, by kind and by worker's number."""
@@ -156,9 +149,9 @@ class _Wire:
 
     def __sub__(self, before: _Wire) -> _Wire:
         """What came since then."""
-        for now, then in ((self.sent, before.sent), (self.received, before.received)):
+        for total, then in ((self.sent, before.sent), (self.received, before.received)):
             for kind, size in then.items():
-                now[kind] -= size
+                total[kind] -= size
         for number, (sent, received) in before.by_worker.items():
             now_sent, now_received = self.by_worker[number]
             self.by_worker[number] = now_sent - sent, now_received - received

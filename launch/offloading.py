@@ -16,7 +16,7 @@ from seqpar.offload.channel import Lost
 from seqpar.offload.meeting import join_store
 from seqpar.offload.workers import WAIT
 
-from .decoding import closing_tokens, forget_settings
+from .decoding import closing_tokens, forget_settings, said
 from .distributed import Ranks
 from .errors import RunError
 from .generate_config import GenerateConfig
@@ -67,14 +67,7 @@ class OffloadedGeneration:
         per_rank = self.config.batches
         resident = [outcome.resident_bytes for outcome in outcomes]
         return Result(
-            texts=[
-                text.after(prompt, [token for token in row if token not in ends])
-                for prompt, row in zip(self.prompts, rows, strict=True)
-            ],
-            tokens=rows,
-            finished=["end" if row[-1] in ends else "length" for row in rows],
-            prompt_tokens=[len(prompt) for prompt in self.prompts],
-            generated_tokens=[len(row) for row in rows],
+            **said(self.prompts, rows, text, ends),
             prefilled_tokens=sum(outcome.prefilled_tokens for outcome in outcomes),
             prefill_seconds=seconds[0],
             decode_seconds=seconds[1],

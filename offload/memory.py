@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seqpar.kernels import Kernel, Partial, accumulator_dtype
+from seqpar.kernels import AUTO, Kernel, Partial, accumulator_dtype
 from seqpar.shards import Step
 
 from .calls import Call
@@ -120,6 +120,8 @@ class RemoteMemory:
         Queries leave first: workers attend to older keys while the new ones are on their way.
         """
         self.check_whole()
+        if kernel is not AUTO:
+            raise ValueError(f"kernel: got {kernel.name!r}, expected 'auto': workers choose theirs; leave it out")
         members, here, found = self.by_member(), [part for part in self.parts if part.here is not None], None
         if q is not None:
             found = Partial.empty(q, v.shape[3])

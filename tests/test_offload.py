@@ -131,6 +131,16 @@ def test_a_head_s_stripes_and_band_on_different_holders(band: int, segments: int
             assert error(cache.attend(q, k, v), local.attend(q, k, v)) <= 1e-12
 
 
+def test_a_kernel_of_one_s_own_choice_is_refused(crews: dict[int, Crew]) -> None:
+    with crews[1].join() as workers:
+        cache = OffloadedCache(Causal(), workers=workers, heads=(8, 4), head_dim=8, capacity=64)
+        rows = [torch.randn(1, 3, n, 8) for n in (8, 4, 4)]
+        with pytest.raises(ValueError, match="kernel: got 'reference', expected 'auto': workers choose theirs"):
+            cache.attend(*rows, kernel="reference")
+        assert cache.lengths == (0,)
+        cache.attend(*rows)
+
+
 def test_queries_go_first(crews: dict[int, Crew]) -> None:
     """The worker attends to older keys while the new ones are still to come."""
     with crews[1].join() as workers, crews[1].join() as others:

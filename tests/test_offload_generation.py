@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import GptOssConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
 from seqpar.integrations import huggingface
 from seqpar.offload import OffloadedCache, Placement, Turns, WorkerLost, Workers
+from support.generation import prompts_of, random_model
 from support.offload import MEMORY, Crew, crew, free_of, moved
 from support.oracle import error
 
@@ -41,21 +42,11 @@ def crews() -> Iterator[dict[int, Crew]]:
 
 @cache
 def model_of(name: str, attention: str) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name]), attn_implementation=attention).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 1.0, 0.2)  # sinks among them
-    return model
+    return random_model(MODELS[name], attention)
 
 
 def prompts(batch: int) -> tuple[Tensor, Tensor]:
-    """Padded on the left, as `generate` wants them."""
-    lengths = torch.tensor(PROMPTS[batch])
-    longest = int(lengths.max())
-    tokens = torch.randint(1, 97, (batch, longest), generator=torch.Generator().manual_seed(1))
-    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    return tokens * mask, mask
+    return prompts_of(PROMPTS[batch])
 
 
 @cache
